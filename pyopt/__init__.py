@@ -1,0 +1,14 @@
+"""Optimizers for CPUs at the speed of memory: what torch.optim is, on NumPy arrays."""
+
+from pyopt._engine import get_num_threads as get_num_threads
+from pyopt._engine import set_num_threads as set_num_threads
+from pyopt.optimizer import Optimizer as Optimizer
+from pyopt.optimizers import SGD as SGD
+from pyopt.optimizers import Adagrad as Adagrad
+from pyopt.optimizers import Adam as Adam
+from pyopt.optimizers import AdamW as AdamW
+from pyopt.optimizers import Lion as Lion
+from pyopt.optimizers import RMSprop as RMSprop
+from pyopt.parameter import Parameter as Parameter
+
+__version__ = "0.1.0"

@@ -1,0 +1,394 @@
+# HOW a step visits many tensors: the table of their buffers, the cutting into parts, the only prange.
+#
+# - The table is kept between steps. Parameters and state are exported once and held; gradients are looked at in every
+#   step and let go at its end, so that no step keeps a gradient alive.
+# - Everything is checked before anything changes: `collect` may raise, the sweep cannot, `commit` writes the counts.
+# - The work is cut at equal numbers of elements over all tensors, not per tensor: one region per step, balanced for one
+#   huge tensor and for a thousand tiny ones. An element's result does not depend on where the cuts fall.
+# - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
+
+from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from cpython.object cimport PyObject
+from cython.parallel cimport prange
+
+cimport openmp
+
+import numpy as np
+
+from pyopt.parameter import check_gradient, check_no_overlap, check_state, label
+
+
+cdef class Rule:
+    """An update rule: its span for either element type and the packer of its numbers."""
+
+    @staticmethod
+    cdef Rule make(Span32 span32, Span64 span64, Pack pack):
+        cdef Rule rule = Rule.__new__(Rule)
+        rule.span32 = span32
+        rule.span64 = span64
+        rule.pack = pack
+        return rule
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+cdef enum:
+    LINE = 64  # parts begin at multiples of this many elements
+    ROW_COST = 64  # what a tensor costs beyond its elements, in elements
+
+
+cdef struct Work:  # one tensor of one step
+    Py_ssize_t start  # the cost of all tensors before it, in elements
+    Py_ssize_t size
+    Py_ssize_t slot  # which of the step's sets of numbers
+    bint is_double
+    Span32 span32
+    Span64 span64
+    void *stream[2 + STATES]
+
+
+cdef struct Numbers:
+    double value[SCALARS]
+
+
+cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost) noexcept nogil:
+    """The element of w where a part begins that begins at this cost."""
+    cdef Py_ssize_t i = cost - w.start
+    if i <= 0:
+        return 0
+    return w.size if i >= w.size else i & ~<Py_ssize_t>(LINE - 1)
+
+
+cdef void run_span(const Work *w, Py_ssize_t begin, Py_ssize_t end, const void *numbers) noexcept nogil:
+    cdef float *f[2 + STATES]
+    cdef double *d[2 + STATES]
+    cdef int j
+    if w.is_double:
+        for j in range(2 + STATES):
+            d[j] = NULL if w.stream[j] == NULL else <double *>w.stream[j] + begin
+        w.span64(d[0], d[1], d[2], d[3], d[4], end - begin, numbers)
+    else:
+        for j in range(2 + STATES):
+            f[j] = NULL if w.stream[j] == NULL else <float *>w.stream[j] + begin
+        w.span32(f[0], f[1], f[2], f[3], f[4], end - begin, numbers)
+
+
+cdef void run_part(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t begin,
+                   Py_ssize_t end) noexcept nogil:
+    """All work between two costs."""
+    cdef Py_ssize_t low = 0, high = count, k, first, last
+    while high - low > 1:  # the last tensor that starts at or before begin
+        k = (low + high) // 2
+        if work[k].start <= begin:
+            low = k
+        else:
+            high = k
+    for k in range(low, count):
+        if work[k].start >= end:
+            break
+        first = cut(&work[k], begin)
+        last = cut(&work[k], end)
+        if first < last:
+            run_span(&work[k], first, last, &numbers[work[k].slot])
+
+
+cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost,
+                int threads) noexcept nogil:
+    cdef int part
+    if threads == 1:
+        run_part(work, count, numbers, 0, cost)
+        return
+    for part in prange(threads, num_threads=threads, schedule="static"):
+        run_part(work, count, numbers, cost * part // threads, cost * (part + 1) // threads)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+cdef int team = openmp.omp_get_max_threads()
+cdef Py_ssize_t SERIAL_COST = 1 << 15
+
+
+def set_num_threads(int n):
+    global team
+    if n < 1:
+        raise ValueError(f"num_threads == {n}, must be >= 1")
+    team = n
+
+
+def get_num_threads():
+    return team
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+cdef class Export:
+    """A buffer held for as long as this object lives."""
+    cdef Py_buffer view
+
+    def __cinit__(self, array, int flags):
+        PyObject_GetBuffer(array, &self.view, flags)
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
+
+
+cdef bint same_shape(const Py_buffer *a, const Py_buffer *b) noexcept:
+    cdef int i
+    if a.ndim != b.ndim:
+        return False
+    for i in range(a.ndim):
+        if a.shape[i] != b.shape[i]:
+            return False
+    return True
+
+
+cdef bint same_order(const Py_buffer *a, const Py_buffer *b) noexcept:
+    """Whether two buffers of one shape and type lay their elements out alike; a length of 1 has no stride."""
+    cdef int i
+    for i in range(a.ndim):
+        if a.strides[i] != b.strides[i] and a.shape[i] > 1:
+            return False
+    return True
+
+
+cdef class Row:
+    """One parameter of the table: the objects that its pointers come from, and the exports that hold them."""
+    cdef object param, data, dtype
+    cdef dict state  # its entry of optimizer.state, or the new one that will become it
+    cdef Export export
+    cdef list state_exports
+    cdef PyObject *arrays[STATES]  # held by state_exports, kept to be compared
+    cdef void *state_buffers[STATES]
+    cdef object copy  # a gradient in the parameter's memory order, where its own is another
+    cdef Export copy_export
+    cdef Py_ssize_t slot  # the numbers of its step, by its step count
+    cdef bint active, fresh
+
+    cdef int bind(self, param, data) except -1:
+        """Hold the buffer of a parameter; what belonged to another one is let go."""
+        self.export = Export(data, PyBUF_STRIDES | PyBUF_WRITABLE)
+        self.param = param
+        self.data = data
+        self.dtype = data.dtype
+        self.copy = self.copy_export = None
+        self.state_exports = [None] * STATES
+        self.arrays[0] = self.arrays[1] = self.arrays[2] = NULL
+        return 0
+
+    cdef Py_ssize_t find_state(self, optimizer, dict group, state, bint counts_steps, Py_ssize_t index) except -1:
+        """Find or make the state; the number of the step to come, 1 or 2 where the optimizer does not count."""
+        cdef PyObject *found = PyDict_GetItemWithError(state, self.param)
+        self.fresh = found == NULL or not <object>found
+        if self.fresh:
+            self.state = optimizer.new_state(self.param, group)
+        elif found != <PyObject *>self.state:
+            self.state = <object>found
+        if not counts_steps:
+            return 1 if self.fresh else 2
+        step = self.state.get("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{label(index, self.param)}: state 'step' == {step!r}, must be an int >= 0")
+        return <Py_ssize_t>step + 1
+
+    cdef void *bind_state(self, int j, str name, Py_ssize_t index) except NULL:
+        """The pointer of state stream j, exported anew if the user has replaced the array."""
+        cdef PyObject *array = PyDict_GetItemWithError(self.state, name)
+        cdef Export export
+        if array != self.arrays[j] or array == NULL:
+            check_state(label(index, self.param), name, self.state, self.data)
+            self.state_exports[j] = export = Export(<object>array, PyBUF_STRIDES | PyBUF_WRITABLE)
+            self.arrays[j] = array
+            self.state_buffers[j] = export.view.buf
+        return self.state_buffers[j]
+
+    cdef void *copy_gradient(self, grad) except NULL:
+        if self.copy is None:
+            self.copy = np.empty_like(self.data)
+            self.copy_export = Export(self.copy, PyBUF_STRIDES | PyBUF_WRITABLE)
+        np.copyto(self.copy, grad)
+        return self.copy_export.view.buf
+
+
+cdef struct Range:  # of addresses, the end excluded
+    char *begin
+    char *end
+
+
+cdef class Table:
+    """The buffers of one optimizer, kept from step to step."""
+    cdef list rows  # one Row per parameter, in the order of the groups
+    cdef list seen  # copies of the groups as they were when last checked
+    cdef list names  # per group: the state behind each stream of its rule, None where its options need none
+    cdef list counts  # per slot, a set of numbers of this step: the step count that it is for
+    cdef Work *work
+    cdef Numbers *numbers
+    cdef Py_buffer *grads  # exports of this step's gradients
+    cdef Range *ranges  # where the parameters lie, in ascending order
+    cdef Py_ssize_t capacity, count, held, cost
+    cdef bint busy
+
+    def __cinit__(self):
+        self.rows, self.seen, self.names, self.counts = [], [], [], []
+
+    def __dealloc__(self):
+        PyMem_Free(self.work)
+        PyMem_Free(self.numbers)
+        PyMem_Free(self.grads)
+        PyMem_Free(self.ranges)
+
+    def step(self, optimizer, list grads=None):
+        """One step of the optimizer's rule on every parameter that has a gradient: all of it, or an error and nothing.
+
+        grads, where given, stand for the parameters' own, in the order of the groups.
+        """
+        if self.busy:
+            raise RuntimeError(f"{type(optimizer).__name__}.step() is already running in another thread")
+        self.busy = True
+        cdef int threads
+        cdef Py_ssize_t k
+        try:
+            self.collect(optimizer, grads)
+            threads = team if self.cost > SERIAL_COST else 1
+            with nogil:
+                sweep(self.work, self.count, self.numbers, self.cost, threads)
+            self.commit(optimizer)
+        finally:
+            for k in range(self.held):
+                PyBuffer_Release(&self.grads[k])
+            self.held = 0
+            self.busy = False
+
+    cdef int collect(self, optimizer, list grads) except -1:
+        """Fill the work of this step. Every check stands here: what follows cannot fail."""
+        cdef list groups = optimizer.param_groups, params
+        cdef Rule rule = optimizer.rule
+        cdef object state = optimizer.state
+        cdef bint counts_steps = optimizer.counts_steps
+        cdef Py_ssize_t g, i, step, last_step, k = 0
+        cdef Row row
+        self.count = self.cost = 0
+        self.counts.clear()
+        self.bind(optimizer, groups)
+        for g in range(len(groups)):
+            group = groups[g]
+            params = group["params"]
+            last_step = -1
+            for i in range(len(params)):
+                row = self.rows[k]
+                grad = row.param.grad if grads is None else grads[k]
+                row.active = grad is not None
+                if row.active:
+                    step = row.find_state(optimizer, group, state, counts_steps, k)
+                    if step != last_step:
+                        rule.pack(optimizer.scalars(group, step), &self.numbers[len(self.counts)])
+                        self.counts.append(step)
+                        last_step = step
+                    row.slot = len(self.counts) - 1
+                    self.add(rule, row, grad, <tuple>self.names[g], k)
+                k += 1
+        return 0
+
+    cdef int bind(self, optimizer, list groups) except -1:
+        """Bring rows and groups up to date with what the user may have changed since the last step."""
+        cdef list params
+        cdef Py_ssize_t g, i, k = 0
+        cdef bint changed = False
+        cdef Row row
+        for g in range(len(groups)):
+            group = groups[g]
+            if g >= len(self.seen) or group != self.seen[g]:
+                optimizer.check_group(group)
+                self.seen[g:g + 1] = [dict(group)]
+                self.names[g:g + 1] = [optimizer.state_streams(group)]
+            params = group["params"]
+            for i in range(len(params)):
+                if k == len(self.rows):
+                    self.rows.append(Row())
+                row = self.rows[k]
+                param = params[i]
+                data = param._data
+                if data is not row.data or param is not row.param:
+                    row.bind(param, data)
+                    changed = True
+                k += 1
+        if changed or k != len(self.rows):
+            del self.rows[k:]
+            self.measure()
+        return 0
+
+    cdef int measure(self) except -1:
+        """Make room for all rows and note where their parameters lie."""
+        cdef list ranges = check_no_overlap([(<Row>row).param for row in self.rows])
+        cdef Py_ssize_t n = len(self.rows), i
+        if n > self.capacity:
+            self.work = <Work *>grown(self.work, n * sizeof(Work))
+            self.numbers = <Numbers *>grown(self.numbers, n * sizeof(Numbers))
+            self.grads = <Py_buffer *>grown(self.grads, n * sizeof(Py_buffer))
+            self.ranges = <Range *>grown(self.ranges, n * sizeof(Range))
+            self.capacity = n
+        for i in range(n):
+            self.ranges[i].begin = <char *><size_t>ranges[i][0]
+            self.ranges[i].end = <char *><size_t>ranges[i][1]
+        return 0
+
+    cdef int add(self, Rule rule, Row row, grad, tuple names, Py_ssize_t index) except -1:
+        """Add a row to the work of this step."""
+        cdef Work *w = &self.work[self.count]
+        cdef const Py_buffer *p = &row.export.view
+        cdef Py_buffer *g = &self.grads[self.held]
+        cdef int j
+        w.start = self.cost
+        w.size = p.len // p.itemsize
+        w.slot = row.slot
+        w.is_double = p.itemsize == sizeof(double)
+        w.span32 = rule.span32
+        w.span64 = rule.span64
+        w.stream[0] = p.buf
+        if getattr(grad, "dtype", None) is not row.dtype:
+            grad = check_gradient(label(index, row.param), row.data, grad)
+        PyObject_GetBuffer(grad, g, PyBUF_STRIDES)
+        self.held += 1
+        if not same_shape(p, g):
+            check_gradient(label(index, row.param), row.data, grad)
+        if same_order(p, g) and <size_t>g.buf % g.itemsize == 0 and not self.touches_parameter(<char *>g.buf, g.len):
+            w.stream[1] = g.buf
+        else:
+            w.stream[1] = row.copy_gradient(grad)
+        for j in range(STATES):
+            w.stream[2 + j] = NULL if names[j] is None else row.bind_state(j, <str>names[j], index)
+        self.count += 1
+        self.cost += w.size + ROW_COST
+        return 0
+
+    cdef bint touches_parameter(self, const char *begin, Py_ssize_t length) noexcept:
+        """Whether a gradient shares memory with a parameter: it is copied then, since the sweep has no order."""
+        cdef Py_ssize_t low = 0, high = len(self.rows), k
+        while low < high:  # the first range that ends beyond begin
+            k = (low + high) // 2
+            if self.ranges[k].end > begin:
+                high = k
+            else:
+                low = k + 1
+        return low < len(self.rows) and self.ranges[low].begin < begin + length
+
+    cdef int commit(self, optimizer) except -1:
+        """Write the step counts, and give new state its place."""
+        cdef Row row
+        cdef object state = optimizer.state
+        cdef bint counts_steps = optimizer.counts_steps
+        for row in self.rows:
+            if row.active:
+                if counts_steps:
+                    row.state["step"] = self.counts[row.slot]
+                if row.fresh and row.state:
+                    state[row.param] = row.state
+        return 0
+
+
+cdef void *grown(void *block, size_t size) except NULL:
+    block = PyMem_Realloc(block, size)
+    if block == NULL:
+        raise MemoryError(f"no {size} bytes for the table of parameters")
+    return block

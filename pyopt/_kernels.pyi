@@ -1,0 +1,7 @@
+from pyopt._engine import Rule
+
+sgd: Rule
+lion: Rule
+adagrad: Rule
+rmsprop: Rule
+adam: Rule

@@ -1,0 +1,49 @@
+"""Checks of hyper-parameters, with one form of message: name, value, bound.
+
+A check takes (name, value) and returns nothing or raises: TypeError for the wrong type, ValueError out of bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+Check = Callable[[str, Any], None]
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, below: float = math.inf) -> None:
+    """A finite real number with low <= value <= high and value < below."""
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} == {value!r}, must be a number, not {type(value).__name__}")
+    if not (math.isfinite(value) and low <= value <= high and value < below):
+        upper = f" and < {below:g}" if below < math.inf else f" and <= {high:g}" if high < math.inf else ""
+        lower = f" and >= {low:g}" if low > -math.inf else ""
+        raise ValueError(f"{name} == {value!r}, must be finite{lower}{upper}")
+
+
+def non_negative(name: str, value: Any) -> None:
+    """A finite number >= 0."""
+    number(name, value, 0)
+
+
+def fraction(name: str, value: Any) -> None:
+    """A number from 0 to 1, both allowed."""
+    number(name, value, 0, 1)
+
+
+def betas(name: str, value: Any) -> None:
+    """A pair of numbers >= 0 and < 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} == {value!r}, must be a pair of numbers")
+    for i, beta in enumerate(value):
+        number(f"{name}[{i}]", beta, 0, below=1)
+
+
+def flag(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} == {value!r}, must be a bool, not {type(value).__name__}")

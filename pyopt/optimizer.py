@@ -1,0 +1,424 @@
+"""Who is updated and when: groups, state, step, zero_grad, state_dict. No maths and no pointers here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pyopt import checks
+from pyopt._engine import Rule, Table
+from pyopt.hooks import Hooks, RemovableHandle
+from pyopt.parameter import (
+    Parameter,
+    as_parameters,
+    check_gradient,
+    check_no_overlap,
+    check_state_values,
+    label,
+)
+
+Group = dict[str, Any]
+StateDict = dict[str, Any]
+
+# Keys that schedulers leave in a group.
+SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
+
+_global_step_pre_hooks = Hooks()
+_global_step_post_hooks = Hooks()
+
+
+def register_optimizer_step_pre_hook(hook: Callable[..., Any]) -> RemovableHandle:
+    """Run hook(optimizer, args, kwargs) before every step of every optimizer, ahead of its own hooks."""
+    return _global_step_pre_hooks.register(hook)
+
+
+def register_optimizer_step_post_hook(hook: Callable[..., Any]) -> RemovableHandle:
+    """Run hook(optimizer, args, kwargs) after every step of every optimizer, behind its own hooks."""
+    return _global_step_post_hooks.register(hook)
+
+
+class Optimizer:
+    """Base of all optimizers: parameter groups, state, hooks and checkpoints.
+
+    A subclass declares either a compiled rule (`rule`, `state_names`, `counts_steps`, `checks`, and the method
+    `scalars`: see pyopt/optimizers), or overrides `update` in plain NumPy.
+
+    Args:
+        params: iterable of Parameter or ndarray, of (name, Parameter or ndarray), or of dicts: groups with the key
+            "params" and any of the hyper-parameters.
+        defaults: hyper-parameters of groups that do not give their own.
+
+    Raises:
+        TypeError, ValueError: no parameters, a parameter that cannot be updated (see Parameter), twice the same or
+            overlapping ones, an unknown key, or a hyper-parameter out of its bounds.
+
+    Example:
+        >>> class SignSGD(Optimizer):
+        ...     def __init__(self, params, lr=1e-3):
+        ...         super().__init__(params, {"lr": lr})
+        ...     def update(self, p, g, state, group):
+        ...         p -= group["lr"] * np.sign(g)
+        >>> w = Parameter(np.ones(2), grad=np.array([3.0, -4.0]))
+        >>> SignSGD([w], lr=0.5).step()
+        >>> w.data
+        array([0.5, 1.5])
+    """
+
+    rule: ClassVar[Rule | None] = None
+    # State arrays in the order of the rule's streams, each with the option that needs it (None: always needed).
+    state_names: ClassVar[Mapping[str, str | None]] = {}
+    # Whether the state holds "step", the number of steps of the parameter.
+    counts_steps: ClassVar[bool] = False
+    # Per hyper-parameter: the check of its type and bounds.
+    checks: ClassVar[Mapping[str, checks.Check]] = {"lr": checks.non_negative}
+
+    def __init__(self, params: Iterable[Any], defaults: Group) -> None:
+        if isinstance(params, (np.ndarray, Parameter, str, Mapping, Set)) or not isinstance(params, Iterable):
+            raise TypeError(f"params is a {type(params).__name__}, must be an ordered iterable of arrays or of dicts")
+        self.defaults = defaults
+        self.state: defaultdict[Parameter, dict[str, Any]] = defaultdict(dict)
+        self.param_groups: list[Group] = []
+        self._step_pre_hooks = Hooks()
+        self._step_post_hooks = Hooks()
+        self._state_dict_pre_hooks = Hooks()
+        self._state_dict_post_hooks = Hooks()
+        self._load_state_dict_pre_hooks = Hooks()
+        self._load_state_dict_post_hooks = Hooks()
+        self._table = Table()
+        groups = list(params)
+        if not groups:
+            raise ValueError("params is empty, must hold at least one parameter")
+        if not isinstance(groups[0], Mapping):
+            groups = [{"params": groups}]
+        for group in groups:
+            self.add_param_group(group)
+
+    # --- groups -------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters with hyper-parameters of their own, for example layers that are unfrozen later.
+
+        Args:
+            param_group: "params" and any of the hyper-parameters; the others take the optimizer's defaults.
+
+        Raises:
+            TypeError, KeyError, ValueError: as the constructor; nothing has changed then.
+        """
+        if not isinstance(param_group, Mapping):
+            raise TypeError(f"param_group is a {type(param_group).__name__}, must be a dict with the key 'params'")
+        if "params" not in param_group:
+            raise KeyError(f"param_group has no 'params', only {sorted(param_group)}")
+        first = sum(len(group["params"]) for group in self.param_groups)
+        params, names = as_parameters(param_group["params"], first)
+        group = {"params": params, **{k: v for k, v in param_group.items() if k != "params"}}
+        if names is not None:
+            group["param_names"] = names
+        for key, value in self.defaults.items():
+            group.setdefault(key, value)
+        if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
+            raise ValueError("either all param groups have parameter names or none")
+        self.check_group(group)
+        check_no_overlap([*self._parameters(), *params])
+        self.param_groups.append(group)
+
+    def check_group(self, group: Group) -> None:
+        """Raise unless the keys and hyper-parameters of a group are valid; overriders call this first."""
+        allowed = {"params", "param_names", *self.defaults} | SCHEDULER_KEYS
+        if unknown := sorted(set(group) - allowed):
+            raise ValueError(f"unknown key {unknown[0]!r} in a param group, must be one of {sorted(self.defaults)}")
+        if missing := sorted(set(self.defaults) - set(group)):
+            raise ValueError(f"a param group has no {missing[0]!r}")
+        for key, check in self.checks.items():
+            if key in self.defaults:
+                check(key, group[key])
+
+    def _parameters(self) -> list[Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None, *, grads: Iterable[Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, once.
+
+        All or nothing: every parameter, gradient, state and hyper-parameter is checked before anything changes.
+
+        Args:
+            closure: computes the loss and the gradients; called first.
+            grads: gradients to use in place of the parameters' own: one per parameter, in the order of the groups,
+                None for a parameter to be left alone. Not stored.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            TypeError, ValueError: a gradient of another shape or dtype than its parameter; anything else that has
+                become invalid since the constructor.
+            RuntimeError: another thread is in step() of this optimizer.
+        """
+        if not (_global_step_pre_hooks or self._step_pre_hooks or _global_step_post_hooks or self._step_post_hooks):
+            return self._step(closure, grads=grads)
+        # As in torch, hooks see the arguments of the call with the optimizer in front.
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {} if grads is None else {"grads": grads}
+        for hook in (*_global_step_pre_hooks.values(), *self._step_pre_hooks.values()):
+            changed = hook(self, args, kwargs)
+            if changed is not None:
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    raise RuntimeError(f"{hook} returned {changed!r}, must return None or (new_args, new_kwargs)")
+                args, kwargs = changed
+        loss = self._step(*args[1:], **kwargs)
+        for hook in (*self._step_post_hooks.values(), *_global_step_post_hooks.values()):
+            hook(self, args, kwargs)
+        return loss
+
+    def _step(self, closure: Callable[[], Any] | None = None, *, grads: Iterable[Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        if grads is not None:
+            grads = list(grads)
+            if len(grads) != len(self._parameters()):
+                raise ValueError(f"grads has {len(grads)} items, must have {len(self._parameters())}: one per parameter")
+        if self.rule is not None:
+            self._table.step(self, grads)
+        else:
+            self._step_in_numpy(grads)
+        return loss
+
+    def _step_in_numpy(self, grads: list[Any] | None) -> None:
+        """The step of an optimizer that overrides `update`."""
+        rows = []
+        for group in self.param_groups:
+            self.check_group(group)
+            for p in group["params"]:
+                rows.append((group, p, p.grad))
+        if grads is not None:
+            rows = [(group, p, grad) for (group, p, _), grad in zip(rows, grads, strict=True)]
+        rows = [
+            (group, p, check_gradient(label(i, p), p.data, grad))
+            for i, (group, p, grad) in enumerate(rows)
+            if grad is not None
+        ]
+        for group, p, grad in rows:
+            self.update(p.data, grad, self.state[p], group)
+
+    def update(
+        self, p: np.ndarray[Any, Any], g: np.ndarray[Any, Any], state: dict[str, Any], group: Group
+    ) -> None:
+        """The rule of an optimizer in plain NumPy: change p and state in place; g is read only.
+
+        Args:
+            p: the parameter's array.
+            g: its gradient, same shape and dtype.
+            state: what the rule keeps for this parameter from step to step; empty at first.
+            group: the hyper-parameters.
+        """
+        raise TypeError(f"{type(self).__name__} has no rule: set the class attribute `rule` or override `update`")
+
+    # --- what a compiled rule needs -----------------------------------------------------------------------------------
+
+    def scalars(self, group: Group, step: int) -> dict[str, float]:
+        """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
+
+        Args:
+            group: the hyper-parameters.
+            step: the number of this step of a parameter, from 1; without `counts_steps` 2 for all but the first.
+        """
+        raise TypeError(f"{type(self).__name__} has a compiled rule and must override `scalars`")
+
+    def initial_value(self, name: str, group: Group) -> float:
+        """What a state array is filled with at first."""
+        return 0.0
+
+    def state_streams(self, group: Group) -> tuple[str | None, ...]:
+        """Per stream of the rule: the state array behind it, or None where the options of the group need none."""
+        names = [name if option is None or group[option] else None for name, option in self.state_names.items()]
+        return (*names, None, None, None)[:3]
+
+    def new_state(self, p: Parameter, group: Group) -> dict[str, Any]:
+        """The state of a parameter before its first step."""
+        state: dict[str, Any] = {"step": 0} if self.counts_steps else {}
+        for name in filter(None, self.state_streams(group)):
+            state[name] = np.full_like(p.data, self.initial_value(name, group))
+        return state
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients.
+
+        Args:
+            set_to_none: True sets them to None, so that a parameter without a new one is left alone by `step`; False
+                fills them with zeros in place.
+        """
+        for p in self._parameters():
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.fill(0)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, copy: bool = True) -> StateDict:
+        """The state of the optimizer as plain dicts, lists, numbers and arrays, with torch's keys.
+
+        Args:
+            copy: True takes a snapshot that later steps do not change; False gives the live arrays.
+
+        Returns:
+            {"state": {index: {...}}, "param_groups": [{..., "params": [index, ...]}]}, parameters numbered over all
+            groups.
+        """
+        for hook in self._state_dict_pre_hooks.values():
+            hook(self)
+        indices = {p: i for i, p in enumerate(self._parameters())}
+        groups = [{**group, "params": [indices[p] for p in group["params"]]} for group in self.param_groups]
+        state = {indices[p]: dict(entry) for p, entry in self.state.items() if p in indices and entry}
+        result: StateDict = {"state": state, "param_groups": groups}
+        if copy:
+            result = deepcopy(result)
+        for hook in self._state_dict_post_hooks.values():
+            changed = hook(self, result)
+            if changed is not None:
+                result = changed
+        return result
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Continue from what `state_dict` returned, with parameters in the same order.
+
+        The arrays are copied into the optimizer's own; nothing is shared with `state_dict`.
+
+        Raises:
+            TypeError, KeyError, ValueError: a state of another optimizer, other parameters, shapes, dtypes or names;
+                nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        groups = self._checked_groups(state_dict)
+        states = self._checked_states(state_dict, groups)
+        for live, group in zip(self.param_groups, groups, strict=True):
+            live.clear()
+            live.update(group)
+        for p in self._parameters():
+            self._adopt_state(p, states.get(p))
+        for hook in self._load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _checked_groups(self, state_dict: StateDict) -> list[Group]:
+        """The saved groups, with the live parameters."""
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise KeyError(f"state_dict has no {key!r}, only {sorted(map(str, state_dict))}")
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(f"state_dict has {len(saved_groups)} param groups, must have {len(self.param_groups)}")
+        groups = []
+        first = 0
+        for i, (live, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            end = first + len(live["params"])
+            if list(saved["params"]) != list(range(first, end)):
+                raise ValueError(
+                    f"state_dict: param group {i} has parameters {saved['params']}, must have {list(range(first, end))}"
+                )
+            first = end
+            if "param_names" in saved and "param_names" in live and saved["param_names"] != live["param_names"]:
+                raise ValueError(
+                    f"state_dict: param group {i} has param_names {saved['param_names']}, must have "
+                    f"{live['param_names']}"
+                )
+            names = {k: live[k] for k in ("param_names",) if k in live}
+            group = {**deepcopy({**saved, "params": None}), **names, "params": live["params"]}
+            try:
+                self.check_group(group)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"state_dict of another optimizer, or damaged: {error}") from None
+            groups.append(group)
+        return groups
+
+    def _checked_states(self, state_dict: StateDict, groups: Sequence[Group]) -> dict[Parameter, dict[str, Any]]:
+        """The saved state by live parameter."""
+        params = [(p, group) for group in groups for p in group["params"]]
+        states = {}
+        for index, saved in state_dict["state"].items():
+            if not isinstance(index, int) or not 0 <= index < len(params):
+                raise ValueError(f"state_dict has state of parameter {index!r}, must be 0 to {len(params) - 1}")
+            p, group = params[index]
+            self._check_saved_state(label(index, p), saved, p, group)
+            states[p] = saved
+        return states
+
+    def _check_saved_state(self, what: str, saved: dict[str, Any], p: Parameter, group: Group) -> None:
+        """Raise unless a saved state is one that this optimizer could have made for the parameter."""
+        if self.rule is None:  # a rule in NumPy may keep what it likes
+            return
+        counter = {"step"} if self.counts_steps else set()
+        if unknown := sorted(set(saved) - set(self.state_names) - counter):
+            raise ValueError(f"{what}: state_dict has {unknown[0]!r}, of which {type(self).__name__} knows nothing")
+        if counter and not (isinstance(saved.get("step"), (int, np.integer)) and saved["step"] >= 0):
+            raise ValueError(f"{what}: state_dict has step == {saved.get('step')!r}, must be an int >= 0")
+        for name in {*saved, *filter(None, self.state_streams(group))} - counter:
+            check_state_values(what, name, saved, p.data)
+
+    def _adopt_state(self, p: Parameter, saved: dict[str, Any] | None) -> None:
+        """Copy a checked state into the optimizer's own arrays."""
+        if not saved:
+            self.state.pop(p, None)
+            return
+        live = self.state[p]
+        for name in set(live) - set(saved):
+            del live[name]
+        for name, value in saved.items():
+            if not isinstance(value, np.ndarray):
+                live[name] = deepcopy(value)
+            elif isinstance(live.get(name), np.ndarray) and live[name].shape == value.shape:
+                live[name][...] = value
+            else:  # in the parameter's memory order, whatever the saved array's
+                live[name] = np.empty_like(p.data if value.shape == p.data.shape else value, dtype=value.dtype)
+                live[name][...] = value
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Run hook(optimizer, args, kwargs) before each step; it may return new (args, kwargs)."""
+        return self._step_pre_hooks.register(hook)
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Run hook(optimizer, args, kwargs) after each step."""
+        return self._step_post_hooks.register(hook)
+
+    def register_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer) before `state_dict`."""
+        return self._state_dict_pre_hooks.register(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer, state_dict) after `state_dict`; it may return a replacement."""
+        return self._state_dict_post_hooks.register(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer, state_dict) before `load_state_dict`; it may return a replacement."""
+        return self._load_state_dict_pre_hooks.register(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer) after `load_state_dict`."""
+        return self._load_state_dict_post_hooks.register(hook, prepend)
+
+    # --- copies and print -------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._table = Table()
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}")
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
+        return "\n".join([*lines, ")"])
