@@ -1,6 +1,7 @@
 """How the compiled core is built: compiler flags, OpenMP and Cython directives stand here and nowhere else."""
 
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -10,10 +11,17 @@ from setuptools import Extension, setup
 
 # Results depend on the numbers alone: no FMA contraction, IEEE square root and division, whatever CFLAGS says before.
 EXACT = ["-fno-fast-math", "-ffp-contract=off"]
-# None of these changes a result. Without the first two GCC keeps loops with sqrt or a condition scalar (they stand after
-# -fno-fast-math, which resets them); the third lets it move the options of the longest rules out of the loop.
+# None of these changes a result. Without the middle two GCC keeps loops with sqrt or a condition scalar (they stand
+# behind -fno-fast-math, which resets them); the last lets it move the options of the longest rules out of the loop.
 VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math", "--param=max-unswitch-insns=500"]
 OPENMP = ["-fopenmp"]
+COMPILE_ARGS = EXACT + VECTOR + OPENMP
+# Levels of instructions: the kernels are compiled once for each. The rest of the package gets the baseline, whatever
+# CFLAGS says, since it runs before the CPU has been asked.
+X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
+LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
+MODULES = ["_engine", "_kernels", *LEVELS]
 
 DIRECTIVES = {
     "language_level": 3,
@@ -32,7 +40,7 @@ def extension(name: str) -> Extension:
         [f"pyopt/{name}.pyx"],
         define_macros=[("Py_LIMITED_API", "0x030b0000")],
         py_limited_api=True,
-        extra_compile_args=EXACT + VECTOR + OPENMP,
+        extra_compile_args=[*LEVELS.get(name, BASELINE), *COMPILE_ARGS],
         extra_link_args=OPENMP,
     )
 
@@ -47,12 +55,10 @@ def require_compiler() -> None:
         )
 
 
-if any(command in sys.argv for command in ("build_ext", "bdist_wheel", "editable_wheel", "build", "install")):
-    require_compiler()
-
-setup(
-    ext_modules=cythonize(
-        [extension(name) for name in ("_engine", "_kernels")], compiler_directives=DIRECTIVES
-    ),
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if __name__ == "__main__":
+    if any(command in sys.argv for command in ("build_ext", "bdist_wheel", "editable_wheel", "build", "install")):
+        require_compiler()
+    setup(
+        ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES),
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

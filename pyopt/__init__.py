@@ -1,7 +1,8 @@
 """Optimizers for CPUs at the speed of memory: what torch.optim is, on NumPy arrays."""
 
-from pyopt._engine import get_num_threads as get_num_threads
-from pyopt._engine import set_num_threads as set_num_threads
+from pyopt._engine import get_flush_denormal as get_flush_denormal
+from pyopt._engine import set_flush_denormal as set_flush_denormal
+from pyopt.config import show_config as show_config
 from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers import SGD as SGD
 from pyopt.optimizers import Adagrad as Adagrad
@@ -10,5 +11,8 @@ from pyopt.optimizers import AdamW as AdamW
 from pyopt.optimizers import Lion as Lion
 from pyopt.optimizers import RMSprop as RMSprop
 from pyopt.parameter import Parameter as Parameter
+from pyopt.threads import get_num_threads as get_num_threads
+from pyopt.threads import num_threads as num_threads
+from pyopt.threads import set_num_threads as set_num_threads
 
 __version__ = "0.1.0"

@@ -17,6 +17,7 @@ cimport openmp
 
 import numpy as np
 
+from pyopt.checks import plain
 from pyopt.parameter import check_gradient, check_no_overlap, check_state, label
 
 
@@ -94,31 +95,164 @@ cdef void run_part(const Work *work, Py_ssize_t count, const Numbers *numbers, P
             run_span(&work[k], first, last, &numbers[work[k].slot])
 
 
-cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost,
-                int threads) noexcept nogil:
+cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int threads,
+                bint flush) noexcept nogil:
     cdef int part
     if threads == 1:
-        run_part(work, count, numbers, 0, cost)
+        run_in_mode(work, count, numbers, 0, cost, flush)
         return
     for part in prange(threads, num_threads=threads, schedule="static"):
-        run_part(work, count, numbers, cost * part // threads, cost * (part + 1) // threads)
+        run_in_mode(work, count, numbers, cost * part // threads, cost * (part + 1) // threads, flush)
 
 
-# --- threads ----------------------------------------------------------------------------------------------------------
-
-cdef int team = openmp.omp_get_max_threads()
-cdef Py_ssize_t SERIAL_COST = 1 << 15
-
-
-def set_num_threads(int n):
-    global team
-    if n < 1:
-        raise ValueError(f"num_threads == {n}, must be >= 1")
-    team = n
+cdef void run_in_mode(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t begin, Py_ssize_t end,
+                      bint flush) noexcept nogil:
+    """A part in the floating-point mode of the step, whatever the thread's own: bits must not depend on the thread."""
+    cdef unsigned long mode = set_float_mode(float_mode(flush))
+    run_part(work, count, numbers, begin, end)
+    set_float_mode(mode)
 
 
-def get_num_threads():
-    return team
+cdef extern from *:
+    """
+    /* Round to nearest, no traps, denormals kept or flushed; set_float_mode returns the mode before. */
+    #if defined(__SSE2__)
+    #include <xmmintrin.h>
+    #define PYOPT_CAN_FLUSH 1
+    static unsigned long float_mode(int flush) { return flush ? 0x9fc0 : 0x1f80; }
+    static unsigned long set_float_mode(unsigned long mode) {
+        unsigned long before = _mm_getcsr();
+        _mm_setcsr((unsigned int)mode);
+        return before;
+    }
+    #elif defined(__aarch64__)
+    #define PYOPT_CAN_FLUSH 1
+    static unsigned long float_mode(int flush) { return flush ? 1ul << 24 : 0; }
+    static unsigned long set_float_mode(unsigned long mode) {
+        unsigned long before;
+        __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+        __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+        return before;
+    }
+    #else
+    #define PYOPT_CAN_FLUSH 0
+    static unsigned long float_mode(int flush) { (void)flush; return 0; }
+    static unsigned long set_float_mode(unsigned long mode) { return mode; }
+    #endif
+
+    /* The best level of instructions that both the CPU and the operating system support (libgcc asks XGETBV). */
+    static int cpu_level(void) {
+    #if defined(__x86_64__)
+        __builtin_cpu_init();
+        if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi")
+              && __builtin_cpu_supports("bmi2")))
+            return 0;
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+               && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
+               && __builtin_cpu_supports("avx512vl") ? 2 : 1;
+    #else
+        return 0;
+    #endif
+    }
+    """
+    const bint CAN_FLUSH "PYOPT_CAN_FLUSH"
+    unsigned long float_mode(bint flush) noexcept nogil
+    unsigned long set_float_mode(unsigned long mode) noexcept nogil
+    int cpu_level() noexcept nogil
+
+
+# --- threads and modes of the process ---------------------------------------------------------------------------------
+
+cdef int team = 1  # as asked for; pyopt.threads sets the default
+cdef bint flush_denormals = False
+cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
+cdef int initial_limit = openmp.omp_get_max_threads()
+cdef Py_ssize_t parallel_cost = -1  # the least cost that is shared among threads, once it is known
+cdef double NS_PER_ELEMENT = 0.25  # of the fastest rules in cache: the more a rule does, the sooner threads pay
+
+
+def set_team(int threads):
+    """How many threads a step may use; returns the number before."""
+    global team, parallel_cost
+    before = team
+    if threads != team:
+        team, parallel_cost = threads, -1
+    return before
+
+
+cpdef int get_team() noexcept nogil:
+    """How many threads a step uses now: those asked for, less if OpenMP was limited since, 1 in a forked child."""
+    cdef int limit = openmp.omp_get_max_threads()
+    if forked:
+        return 1
+    return limit if limit < initial_limit and limit < team else team
+
+
+def after_fork():
+    global forked
+    forked = True
+
+
+def is_forked():
+    return forked
+
+
+def set_flush_denormal(bint mode):
+    """Treat denormal numbers as zero inside steps, as torch.set_flush_denormal does for one thread.
+
+    Moments of parameters that get no gradient any more decay into denormals, on which many CPUs are slow.
+
+    Args:
+        mode: True flushes, in every thread of a step and nowhere else; False (the default) is IEEE arithmetic.
+
+    Returns:
+        Whether this CPU can flush.
+
+    Example:
+        >>> import pyopt
+        >>> supported = pyopt.set_flush_denormal(True)
+        >>> supported = pyopt.set_flush_denormal(False)
+    """
+    global flush_denormals
+    flush_denormals = mode and CAN_FLUSH
+    return bool(CAN_FLUSH)
+
+
+def get_flush_denormal():
+    """Whether steps treat denormal numbers as zero."""
+    return bool(flush_denormals)
+
+
+def get_cpu_level():
+    """0 for baseline, 1 for x86-64-v3, 2 for x86-64-v4."""
+    return cpu_level()
+
+
+def get_parallel_cost():
+    """The least number of elements that is shared among threads; -1 while it has not been measured."""
+    return parallel_cost
+
+
+cdef Py_ssize_t measure_parallel_cost(int threads) noexcept nogil:
+    """The cost from which on a region pays: the least time of empty regions, four times for threads that sleep."""
+    cdef double best = 1, start
+    cdef int draw, region
+    for draw in range(15):
+        start = openmp.omp_get_wtime()
+        for region in range(20):
+            sweep(NULL, 0, NULL, 0, threads, False)
+        best = min(best, (openmp.omp_get_wtime() - start) / 20)
+    return <Py_ssize_t>(4e9 * best / NS_PER_ELEMENT * threads / (threads - 1))
+
+
+cdef int threads_for(Py_ssize_t cost) noexcept nogil:
+    global parallel_cost
+    cdef int threads = get_team()
+    if threads == 1 or cost < 4096:
+        return 1
+    if parallel_cost < 0:
+        parallel_cost = measure_parallel_cost(threads)
+    return threads if cost >= parallel_cost else 1
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -220,6 +354,7 @@ cdef class Table:
     """The buffers of one optimizer, kept from step to step."""
     cdef list rows  # one Row per parameter, in the order of the groups
     cdef list seen  # copies of the groups as they were when last checked
+    cdef list plain  # per group: its hyper-parameters as Python numbers
     cdef list names  # per group: the state behind each stream of its rule, None where its options need none
     cdef list counts  # per slot, a set of numbers of this step: the step count that it is for
     cdef Work *work
@@ -230,7 +365,7 @@ cdef class Table:
     cdef bint busy
 
     def __cinit__(self):
-        self.rows, self.seen, self.names, self.counts = [], [], [], []
+        self.rows, self.seen, self.plain, self.names, self.counts = [], [], [], [], []
 
     def __dealloc__(self):
         PyMem_Free(self.work)
@@ -246,13 +381,11 @@ cdef class Table:
         if self.busy:
             raise RuntimeError(f"{type(optimizer).__name__}.step() is already running in another thread")
         self.busy = True
-        cdef int threads
         cdef Py_ssize_t k
         try:
             self.collect(optimizer, grads)
-            threads = team if self.cost > SERIAL_COST else 1
             with nogil:
-                sweep(self.work, self.count, self.numbers, self.cost, threads)
+                sweep(self.work, self.count, self.numbers, self.cost, threads_for(self.cost), flush_denormals)
             self.commit(optimizer)
         finally:
             for k in range(self.held):
@@ -282,7 +415,7 @@ cdef class Table:
                 if row.active:
                     step = row.find_state(optimizer, group, state, counts_steps, k)
                     if step != last_step:
-                        rule.pack(optimizer.scalars(group, step), &self.numbers[len(self.counts)])
+                        rule.pack(optimizer.scalars(self.plain[g], step), &self.numbers[len(self.counts)])
                         self.counts.append(step)
                         last_step = step
                     row.slot = len(self.counts) - 1
@@ -301,13 +434,14 @@ cdef class Table:
             if g >= len(self.seen) or group != self.seen[g]:
                 optimizer.check_group(group)
                 self.seen[g:g + 1] = [dict(group)]
+                self.plain[g:g + 1] = [plain(group)]
                 self.names[g:g + 1] = [optimizer.state_streams(group)]
             params = group["params"]
             for i in range(len(params)):
+                param = params[i]
                 if k == len(self.rows):
                     self.rows.append(Row())
                 row = self.rows[k]
-                param = params[i]
                 data = param._data
                 if data is not row.data or param is not row.param:
                     row.bind(param, data)

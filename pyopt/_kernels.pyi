@@ -5,3 +5,4 @@ lion: Rule
 adagrad: Rule
 rmsprop: Rule
 adam: Rule
+roof: Rule

@@ -85,3 +85,19 @@ cdef int pack_adam(dict scalars, void *out) except -1:
 
 
 adam = Rule.make(adam_span[float], adam_span[double], pack_adam)
+
+
+cdef void roof_span(floating *restrict p, const floating *restrict g, floating *restrict s, floating *restrict t,
+                    floating *restrict u, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.Roof h = (<const rules.Roof *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.roof(p[i], g[i], &s[i], &t[i], &u[i], &h)
+
+
+cdef int pack_roof(dict scalars, void *out) except -1:
+    (<rules.Roof *>out)[0] = scalars
+    return 0
+
+
+roof = Rule.make(roof_span[float], roof_span[double], pack_roof)

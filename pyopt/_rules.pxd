@@ -24,9 +24,10 @@ cdef inline floating root(floating x) noexcept nogil:
 cdef inline floating lerp(floating a, floating b, double weight) noexcept nogil:
     """a moved towards b; measured from the nearer end, so that weight 1 gives b exactly."""
     cdef floating w = <floating>weight
+    cdef floating rest = <floating>(1 - w)  # by itself: a literal in an expression turns the whole of it to double
     if w < 0.5:
         return a + w * (b - a)
-    return b - (1 - w) * (b - a)
+    return b - rest * (b - a)
 
 
 cdef inline floating l2(floating g, floating p, double weight_decay) noexcept nogil:
@@ -104,3 +105,22 @@ cdef inline floating adam(floating p, floating g, floating* m, floating* v, floa
         u = v_max[0] = v_max[0] if v_max[0] >= u else u  # a NaN in v shows
     cdef floating d = root(u) / <floating>h.bias2 + <floating>h.eps
     return p * <floating>h.decay - <floating>h.step_size * m[0] / d
+
+
+# --- the roof ---------------------------------------------------------------------------------------------------------
+# No optimizer: it reads and writes the streams of one with next to no arithmetic, for bench/ to measure against.
+
+ctypedef struct Roof:
+    double scale
+    int states
+
+cdef inline floating roof(floating p, floating g, floating* s, floating* t, floating* u,
+                          const Roof* h) noexcept nogil:
+    cdef floating d = <floating>h.scale * g
+    if h.states > 0:
+        s[0] = s[0] + d
+    if h.states > 1:
+        t[0] = t[0] + d
+    if h.states > 2:
+        u[0] = u[0] + d
+    return p + d

@@ -19,7 +19,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     """A finite real number with low <= value <= high and value < below."""
     if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} == {value!r}, must be a number, not {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high and value < below):
+    if not (math.isfinite(value) and low <= float(value) <= high and value < below):
         upper = f" and < {below:g}" if below < math.inf else f" and <= {high:g}" if high < math.inf else ""
         lower = f" and >= {low:g}" if low > -math.inf else ""
         raise ValueError(f"{name} == {value!r}, must be finite{lower}{upper}")
@@ -47,3 +47,13 @@ def flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} == {value!r}, must be a bool, not {type(value).__name__}")
+
+
+def plain(group: dict[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters with NumPy scalars as Python numbers, so that what is computed of them is in double."""
+
+    def item(value: Any) -> Any:
+        return value.item() if isinstance(value, np.generic) else value
+
+    values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    return {k: tuple(map(item, v)) if isinstance(v, (tuple, list)) else item(v) for k, v in values.items()}

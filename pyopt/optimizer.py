@@ -179,8 +179,9 @@ class Optimizer:
         loss = None if closure is None else closure()
         if grads is not None:
             grads = list(grads)
-            if len(grads) != len(self._parameters()):
-                raise ValueError(f"grads has {len(grads)} items, must have {len(self._parameters())}: one per parameter")
+            expected = len(self._parameters())
+            if len(grads) != expected:
+                raise ValueError(f"grads has {len(grads)} items, must have {expected}: one per parameter")
         if self.rule is not None:
             self._table.step(self, grads)
         else:
@@ -204,9 +205,7 @@ class Optimizer:
         for group, p, grad in rows:
             self.update(p.data, grad, self.state[p], group)
 
-    def update(
-        self, p: np.ndarray[Any, Any], g: np.ndarray[Any, Any], state: dict[str, Any], group: Group
-    ) -> None:
+    def update(self, p: np.ndarray[Any, Any], g: np.ndarray[Any, Any], state: dict[str, Any], group: Group) -> None:
         """The rule of an optimizer in plain NumPy: change p and state in place; g is read only.
 
         Args:

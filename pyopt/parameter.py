@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -117,11 +118,12 @@ def check_gradient(what: str, data: np.ndarray[Any, Any], grad: Any) -> np.ndarr
         if not hasattr(grad, "__array__") or not hasattr(grad, "dtype"):
             raise TypeError(f"{what}: gradient is a {type(grad).__name__}, must be an array of dtype {data.dtype}")
         grad = np.asarray(grad)
-    if grad.dtype != data.dtype:
-        raise TypeError(f"{what}: gradient has dtype {grad.dtype}, must be {data.dtype} like the parameter")
-    if grad.shape != data.shape:
-        raise ValueError(f"{what}: gradient has shape {grad.shape}, must be {data.shape} like the parameter")
-    return grad
+    array: np.ndarray[Any, Any] = grad
+    if array.dtype != data.dtype:
+        raise TypeError(f"{what}: gradient has dtype {array.dtype}, must be {data.dtype} like the parameter")
+    if array.shape != data.shape:
+        raise ValueError(f"{what}: gradient has shape {array.shape}, must be {data.shape} like the parameter")
+    return array
 
 
 def check_state_values(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any]) -> None:
@@ -151,7 +153,7 @@ def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[An
 def check_no_overlap(params: Iterable[Parameter]) -> list[tuple[int, int]]:
     """The addresses [begin, end) of all parameters in ascending order; ValueError if two share memory."""
     ranges = sorted((*byte_bounds(p.data), i, p) if p.data.size else (0, 0, i, p) for i, p in enumerate(params))
-    for (_, end, i, p), (begin, _, j, q) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, i, p), (begin, _, j, q) in pairwise(ranges):
         if begin < end:
             first, second = label(min(i, j), p if i < j else q), label(max(i, j), q if i < j else p)
             same = "the same array" if p.data is q.data else "overlapping memory"

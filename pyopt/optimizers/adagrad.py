@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pyopt import _kernels
+from pyopt._isa import kernels
 from pyopt.checks import flag, non_negative
 from pyopt.optimizer import Group, Optimizer
 
@@ -43,7 +43,7 @@ class Adagrad(Optimizer):
     (JMLR 12, 2011), figure 1, diagonal case.
     """
 
-    rule = _kernels.adagrad
+    rule = kernels.adagrad
     state_names = {"sum": None}
     counts_steps = True
     checks = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from pyopt import _kernels
+from pyopt._isa import kernels
 from pyopt.checks import betas as pair_of_betas
 from pyopt.checks import flag, non_negative
 from pyopt.optimizer import Group, Optimizer
@@ -49,7 +49,7 @@ class Adam(Optimizer):
     maximum before the bias correction.
     """
 
-    rule = _kernels.adam
+    rule = kernels.adam
     state_names = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
     counts_steps = True
     checks = {

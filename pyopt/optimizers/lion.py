@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pyopt import _kernels
+from pyopt._isa import kernels
 from pyopt.checks import betas as pair_of_betas
 from pyopt.checks import flag, non_negative
 from pyopt.optimizer import Group, Optimizer
@@ -41,7 +41,7 @@ class Lion(Optimizer):
     Source: Chen et al., Symbolic Discovery of Optimization Algorithms (arXiv 2302.06675), algorithm 2. Not in torch.
     """
 
-    rule = _kernels.lion
+    rule = kernels.lion
     state_names = {"exp_avg": None}
     checks = {"lr": non_negative, "betas": pair_of_betas, "weight_decay": non_negative, "maximize": flag}
 

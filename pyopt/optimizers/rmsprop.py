@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pyopt import _kernels
+from pyopt._isa import kernels
 from pyopt.checks import flag, fraction, non_negative
 from pyopt.optimizer import Group, Optimizer
 
@@ -48,7 +48,7 @@ class RMSprop(Optimizer):
     root, and where rounding makes s smaller than a**2 the result is NaN.
     """
 
-    rule = _kernels.rmsprop
+    rule = kernels.rmsprop
     state_names = {"square_avg": None, "momentum_buffer": "momentum", "grad_avg": "centered"}
     counts_steps = True
     checks = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pyopt import _kernels
+from pyopt._isa import kernels
 from pyopt.checks import flag, non_negative, number
 from pyopt.optimizer import Group, Optimizer
 
@@ -43,7 +43,7 @@ class SGD(Optimizer):
     (ICML 2013), section 2. As in torch, lr multiplies the whole momentum instead of being part of it.
     """
 
-    rule = _kernels.sgd
+    rule = kernels.sgd
     state_names = {"momentum_buffer": "momentum"}
     checks = {
         "lr": non_negative,

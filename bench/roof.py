@@ -1,0 +1,24 @@
+"""The roof: a sweep over the streams of an optimizer with next to no arithmetic, by the same engine and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pyopt import Optimizer
+from pyopt._isa import kernels
+from pyopt.optimizer import Group
+
+
+class Roof(Optimizer):
+    """Reads p, g and `states` arrays, writes p and the arrays; no value changes."""
+
+    rule = kernels.roof
+    checks = {}
+
+    def __init__(self, params: Iterable[Any], states: int) -> None:
+        self.state_names = dict.fromkeys(["s", "t", "u"][:states])
+        super().__init__(params, {"states": states})
+
+    def scalars(self, group: Group, step: int) -> dict[str, float]:
+        return {"scale": 0.0, "states": group["states"]}

@@ -1,0 +1,5 @@
+"""`python -m pyopt`: show the configuration."""
+
+from pyopt.config import show_config
+
+show_config()

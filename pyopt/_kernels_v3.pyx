@@ -1,0 +1,3 @@
+# The kernels once more, compiled by setup.py for x86-64-v3; pyopt/_isa.py chooses.
+
+include "_kernels.pyx"

@@ -1,0 +1,1 @@
+from pyopt._kernels import *

@@ -1,0 +1,114 @@
+"""The table that drives the tests: every optimizer with every combination of its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+import pyopt
+import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: type[pyopt.Optimizer]
+    reference: Callable[..., Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.optimizer.__name__, *(f"{k}={v}" for k, v in self.options.items())]).replace(" ", "")
+
+
+def combinations(optimizer: type[pyopt.Optimizer], oracle: Callable[..., Any], **choices: list[Any]) -> list[Case]:
+    """A case per combination; a choice of None leaves the option at its default."""
+    return [
+        Case(optimizer, oracle, {k: v for k, v in zip(choices, values, strict=True) if v is not None})
+        for values in product(*choices.values())
+    ]
+
+
+MAXIMIZE = [None, True]
+DECAY = [None, 0.1]
+
+CASES = [
+    *combinations(pyopt.SGD, reference.sgd, weight_decay=DECAY, maximize=MAXIMIZE, lr=[0.1]),
+    *combinations(
+        pyopt.SGD, reference.sgd, momentum=[0.9], dampening=[None, 0.5], weight_decay=DECAY, maximize=MAXIMIZE
+    ),
+    *combinations(pyopt.SGD, reference.sgd, momentum=[0.9], nesterov=[True], weight_decay=DECAY, maximize=MAXIMIZE),
+    *combinations(pyopt.Lion, reference.lion, weight_decay=DECAY, maximize=MAXIMIZE, betas=[None, (0.5, 0.75)]),
+    *combinations(
+        pyopt.Adagrad,
+        reference.adagrad,
+        lr_decay=[None, 0.1],
+        initial_accumulator_value=[None, 0.5],
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        pyopt.RMSprop,
+        reference.rmsprop,
+        centered=[None, True],
+        momentum=[None, 0.9],
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+        alpha=[None, 0.4],
+    ),
+    *combinations(
+        pyopt.Adam,
+        reference.adam,
+        amsgrad=[None, True],
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9)],
+    ),
+    *combinations(pyopt.AdamW, reference.adam, amsgrad=[None, True], maximize=MAXIMIZE, eps=[None, 1e-3]),
+]
+
+# One case per optimizer and set of streams, for what does not depend on the other options.
+BRIEF = [
+    Case(pyopt.SGD, reference.sgd),
+    Case(pyopt.SGD, reference.sgd, {"momentum": 0.9, "nesterov": True}),
+    Case(pyopt.Lion, reference.lion, {"weight_decay": 0.1}),
+    Case(pyopt.Adagrad, reference.adagrad),
+    Case(pyopt.RMSprop, reference.rmsprop),
+    Case(pyopt.RMSprop, reference.rmsprop, {"momentum": 0.9, "centered": True}),
+    Case(pyopt.Adam, reference.adam, {"weight_decay": 0.1}),
+    Case(pyopt.Adam, reference.adam, {"amsgrad": True}),
+    Case(pyopt.AdamW, reference.adam),
+]
+
+DTYPES = [np.float32, np.float64]
+
+# 0, 1, every width of a vector in elements minus and plus one, whole lines of the cut, and sizes of several parts.
+WIDTHS = sorted({max(0, k * w + d) for w in (1, 2, 4, 8, 16, 32, 64) for k in (1, 3) for d in (-1, 0, 1)})
+SIZES = [*WIDTHS, 16383, 16384, 16385, 40_000, 70_001]
+
+
+def parameters(shapes: list[Any], dtype: Any, seed: int = 0) -> list[pyopt.Parameter]:
+    rng = np.random.default_rng(seed)
+    return [pyopt.Parameter(np.asarray(rng.standard_normal(shape), dtype)) for shape in shapes]
+
+
+def gradients(params: list[pyopt.Parameter], rng: np.random.Generator) -> list[np.ndarray[Any, Any]]:
+    """Gradients over many orders of magnitude, none of them zero."""
+    return [
+        np.asarray(rng.standard_normal(p.data.shape) * 10.0 ** rng.uniform(-4, 2, p.data.shape), p.data.dtype)
+        for p in params
+    ]
+
+
+def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
+    """Equal element by element in bits, so that 0.0 and -0.0 differ and NaNs count."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    bits = f"u{actual.dtype.itemsize}"
+    wrong = np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)
+    assert not wrong.any(), (
+        f"{what}: {wrong.sum()} of {wrong.size} elements differ, the first at {np.argwhere(wrong)[0]}: "
+        f"{actual[wrong].flat[0]!r}, must be {expected[wrong].flat[0]!r}"
+    )

@@ -1,0 +1,67 @@
+"""Every case that torch has against torch.optim, for-loop and fused: ulps per element after 1, 2 and 50 steps."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pyopt
+from cases import CASES, DTYPES, Case, gradients, parameters
+
+if os.environ.get("PYOPT_REQUIRE_TORCH") == "1":
+    import torch
+else:
+    torch = pytest.importorskip("torch", reason="torch is not installed; PYOPT_REQUIRE_TORCH=1 makes this an error")
+
+SHAPES = [(), (1,), (17,), (33, 31), (4099,)]
+# What may differ after so many steps, in ulps of the largest value that the element has had: torch contracts to FMA,
+# and its for-loop has a square root of its own.
+ULPS = {1: 6, 2: 12, 50: 60}
+TORCH_CASES = [case for case in CASES if hasattr(torch.optim, case.optimizer.__name__)]
+
+
+def ulps(actual: Any, expected: Any, largest: Any) -> float:
+    """The largest distance of two arrays, in ulps of the largest magnitude that each element has had."""
+    distance = np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))
+    return float((distance / np.spacing(np.maximum(largest, np.finfo(expected.dtype).tiny))).max(initial=0))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["for-loop", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", TORCH_CASES, ids=str)
+def test_ulps(case: Case, dtype: type, fused: bool) -> None:
+    if fused and case.optimizer is pyopt.RMSprop:
+        kwargs: dict[str, Any] = {"foreach": True}  # torch has no fused RMSprop; this is its other implementation
+    else:
+        kwargs = {"fused": True} if fused else {}
+    params = parameters(SHAPES, dtype)
+    tensors = [torch.tensor(p.data) for p in params]
+    ours = case.optimizer(params, **case.options)
+    theirs = getattr(torch.optim, case.optimizer.__name__)(tensors, **case.options, **kwargs)
+    largest = {(i, "parameter"): np.abs(p.data) for i, p in enumerate(params)}
+    rng = np.random.default_rng(4)
+    for step in range(1, 51):
+        for p, t, g in zip(params, tensors, gradients(params, rng), strict=True):
+            if "weight_decay" in case.options:  # g + weight_decay * p without cancellation: ulps of 0 say nothing
+                g = np.copysign(g, -p.data if "maximize" in case.options else p.data)
+            p.grad = g
+            t.grad = torch.tensor(g)
+        ours.step()
+        theirs.step()
+        for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
+            pairs = {"parameter": (p.data, t.numpy())}
+            assert set(ours.state[p]) == set(theirs.state[t]), f"{case}: other state than torch's"
+            for name, value in ours.state[p].items():
+                if name == "step":
+                    assert value == theirs.state[t]["step"].item()
+                else:
+                    pairs[name] = (value, theirs.state[t][name].numpy())
+            for name, (actual, expected) in pairs.items():
+                key = (i, name)
+                largest[key] = np.maximum(largest.get(key, 0), np.abs(expected))
+                if step in ULPS:
+                    error = ulps(actual, expected, largest[key])
+                    assert error <= ULPS[step], f"{case}: {name} of {p} is {error} ulps off after {step} steps"

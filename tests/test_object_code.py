@@ -1,0 +1,62 @@
+"""The compiler's report: every loop over a span is vectorised, for both element types."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RULES = ["sgd", "lion", "adagrad", "rmsprop", "adam", "roof"]
+
+if sys.platform != "linux" or "gcc" not in (sysconfig.get_config_var("CC") or "gcc") or not shutil.which("gcc"):
+    pytest.skip("the report is GCC's", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Generated C of the kernels and GCC's report, with the flags of setup.py."""
+    directory = tmp_path_factory.mktemp("kernels")
+    sys.path.insert(0, str(ROOT))
+    try:
+        from setup import COMPILE_ARGS, DIRECTIVES
+    finally:
+        sys.path.remove(str(ROOT))
+    source = directory / "_kernels.c"
+    options = [f"-X{name}={value}" for name, value in DIRECTIVES.items()]
+    subprocess.run(
+        [sys.executable, "-m", "cython", *options, ROOT / "pyopt/_kernels.pyx", "-o", source], check=True, cwd=ROOT
+    )
+    result = subprocess.run(
+        [
+            *("gcc", "-fPIC", *COMPILE_ARGS, "-DPy_LIMITED_API=0x030b0000", f"-I{sysconfig.get_paths()['include']}"),
+            *("-fopt-info-vec-all", "-c", source, "-o", directory / "_kernels.o"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return source.read_text(), result.stderr
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_loop_is_vectorised(report: tuple[str, str], rule: str) -> None:
+    code, messages = report
+    bodies = [
+        number
+        for number, line in enumerate(code.splitlines(), 1)
+        if re.search(rf"\(__pyx_v_p\[.* = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}\(", line)
+    ]
+    assert len(bodies) == 2, "a span for float and one for double"
+    for body in bodies:
+        # The loop's own line stands a few lines above its body.
+        near = {f"_kernels.c:{line}:" for line in range(body - 40, body + 1)}
+        mine = [m for m in messages.splitlines() if any(place in m for place in near)]
+        assert any("optimized: loop vectorized" in m for m in mine), f"{rule}: no loop of {body} is vectorised"
+        scalar = [m for m in mine if "couldn't vectorize loop" in m]
+        assert not scalar, f"{rule}: a loop stays scalar: {scalar}"

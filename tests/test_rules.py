@@ -1,0 +1,131 @@
+"""Every case against its NumPy oracle: equality of bits in parameters and state, over sizes, steps and threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyopt
+from cases import BRIEF, CASES, DTYPES, SIZES, Case, assert_same_bits, gradients, parameters
+
+
+def check_against_oracle(case: Case, params: list[pyopt.Parameter], steps: int, missing: float = 0) -> None:
+    """Step pyopt and the oracle side by side; a share `missing` of the gradients is None."""
+    optimizer = case.optimizer(params, **case.options)
+    rng = np.random.default_rng(1)
+    expected = [(p.data.copy("K"), {}) for p in params]
+    for step in range(steps):
+        for i, (p, g) in enumerate(zip(params, gradients(params, rng), strict=True)):
+            p.grad = g if rng.random() >= missing else None
+            if p.grad is not None:
+                expected[i] = case.reference(*expected[i][:1], g, expected[i][1], optimizer.param_groups[0])
+        optimizer.step()
+        for i, (p, (data, state)) in enumerate(zip(params, expected, strict=True)):
+            what = f"{case} {p.data.dtype} {p.data.shape} step {step + 1} parameter {i}"
+            assert_same_bits(p.data, data, what)
+            if state:
+                assert list(optimizer.state[p]) and set(optimizer.state[p]) == set(state), what
+            for name, value in state.items():
+                if name == "step":
+                    assert optimizer.state[p]["step"] == value and type(optimizer.state[p]["step"]) is int, what
+                else:
+                    assert_same_bits(optimizer.state[p][name], value, f"{what} {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_option(case: Case, dtype: type) -> None:
+    check_against_oracle(case, parameters([(), (7,), (33, 5), (130,)], dtype), steps=12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BRIEF, ids=str)
+def test_every_size(case: Case, dtype: type) -> None:
+    for size in SIZES:
+        check_against_oracle(case, parameters([size], dtype), steps=3)
+
+
+@pytest.mark.parametrize("case", BRIEF, ids=str)
+def test_many_tensors_and_missing_gradients(case: Case) -> None:
+    shapes = [SIZES[i % len(SIZES[:-3])] for i in range(300)]
+    check_against_oracle(case, parameters(shapes, np.float32), steps=5, missing=0.3)
+
+
+@pytest.mark.parametrize("case", BRIEF, ids=str)
+def test_special_values(case: Case) -> None:
+    """inf, NaN, signed zeros, denormals and the largest numbers give what NumPy gives."""
+    values = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-42, -1e-42, 3e38, -3e38, 1.0], np.float32)
+    p, g = (np.ascontiguousarray(a.ravel()) for a in np.meshgrid(values, values))
+    param = pyopt.Parameter(p.copy())
+    optimizer = case.optimizer([param], **case.options)
+    data, state = p, {}
+    for _ in range(3):
+        with np.errstate(all="ignore"):
+            data, state = case.reference(data, g, state, optimizer.param_groups[0])
+        optimizer.step(grads=[g])
+        assert_same_bits(np.where(np.isnan(param.data), 0, param.data), np.where(np.isnan(data), 0, data), str(case))
+        assert (np.isnan(param.data) == np.isnan(data)).all(), f"{case}: NaN in other places"
+
+
+def test_mixed_dtypes_groups_and_overrides() -> None:
+    """Groups of both dtypes with options of their own, in one step."""
+    rng = np.random.default_rng(2)
+    params = [*parameters([100, 3], np.float32), *parameters([50, (4, 4)], np.float64)]
+    expected = [(p.data.copy(), {}) for p in params]
+    optimizer = pyopt.Adam(
+        [
+            {"params": params[:1]},
+            {"params": params[1:3], "lr": 0.1, "amsgrad": True, "weight_decay": 0.2},
+            {"params": params[3:], "betas": (0.5, 0.5), "maximize": True},
+        ]
+    )
+    oracle = CASES[-1].reference
+    for _ in range(6):
+        grads = gradients(params, rng)
+        optimizer.step(grads=grads)
+        groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        expected = [oracle(p, g, s, group) for (p, s), g, group in zip(expected, grads, groups, strict=True)]
+        for p, (data, _) in zip(params, expected, strict=True):
+            assert_same_bits(p.data, data, "groups")
+
+
+def run(case: Case, params: list[pyopt.Parameter], steps: int = 4) -> list[np.ndarray]:
+    """Parameters and state after some steps."""
+    optimizer = case.optimizer(params, **case.options)
+    rng = np.random.default_rng(3)
+    for _ in range(steps):
+        optimizer.step(grads=gradients(params, rng))
+    return [p.data for p in params] + [
+        a for p in params for a in optimizer.state[p].values() if isinstance(a, np.ndarray)
+    ]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BRIEF, ids=str)
+def test_threads_do_not_change_bits(case: Case, dtype: type, threads: int) -> None:
+    shapes = [100_003, 1, *[65] * 50, 200_001, 0, (3, 5, 7)]
+    before = pyopt.get_num_threads()
+    try:
+        pyopt.set_num_threads(1)
+        one = run(case, parameters(shapes, dtype))
+        pyopt.set_num_threads(threads)
+        many = run(case, parameters(shapes, dtype))
+    finally:
+        pyopt.set_num_threads(before)
+    for a, b in zip(one, many, strict=True):
+        assert_same_bits(a, b, f"{case} on {threads} threads")
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    case=st.sampled_from(CASES),
+    dtype=st.sampled_from(DTYPES),
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=12),
+    steps=st.integers(1, 4),
+    missing=st.sampled_from([0, 0.5]),
+)
+def test_any_shapes_and_options(case: Case, dtype: type, shapes: list, steps: int, missing: float) -> None:
+    check_against_oracle(case, parameters(shapes, dtype), steps, missing)
