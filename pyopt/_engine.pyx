@@ -16,6 +16,7 @@ from cython.parallel cimport prange
 cimport openmp
 
 import numpy as np
+from numpy import ndarray
 
 from pyopt.checks import plain
 from pyopt.parameter import check_gradient, check_no_overlap, check_state, label
@@ -168,6 +169,7 @@ cdef bint flush_denormals = False
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
 cdef int initial_limit = openmp.omp_get_max_threads()
 cdef Py_ssize_t parallel_cost = -1  # the least cost that is shared among threads, once it is known
+cdef Py_ssize_t LEAST_SHARED = 4096
 cdef double NS_PER_ELEMENT = 0.25  # of the fastest rules in cache: the more a rule does, the sooner threads pay
 
 
@@ -233,6 +235,12 @@ def get_parallel_cost():
     return parallel_cost
 
 
+def set_parallel_cost(Py_ssize_t cost):
+    """Share this many elements and more; -1 measures it at the next step that could."""
+    global parallel_cost
+    parallel_cost = cost
+
+
 cdef Py_ssize_t measure_parallel_cost(int threads) noexcept nogil:
     """The cost from which on a region pays: the least time of empty regions, four times for threads that sleep."""
     cdef double best = 1, start
@@ -242,15 +250,17 @@ cdef Py_ssize_t measure_parallel_cost(int threads) noexcept nogil:
         for region in range(20):
             sweep(NULL, 0, NULL, 0, threads, False)
         best = min(best, (openmp.omp_get_wtime() - start) / 20)
-    return <Py_ssize_t>(4e9 * best / NS_PER_ELEMENT * threads / (threads - 1))
+    return max(LEAST_SHARED, <Py_ssize_t>(4e9 * best / NS_PER_ELEMENT * threads / (threads - 1)))
 
 
 cdef int threads_for(Py_ssize_t cost) noexcept nogil:
     global parallel_cost
     cdef int threads = get_team()
-    if threads == 1 or cost < 4096:
+    if threads == 1:
         return 1
     if parallel_cost < 0:
+        if cost < LEAST_SHARED:  # a small step need not wait for the measurement
+            return 1
         parallel_cost = measure_parallel_cost(threads)
     return threads if cost >= parallel_cost else 1
 
@@ -480,7 +490,7 @@ cdef class Table:
         w.span32 = rule.span32
         w.span64 = rule.span64
         w.stream[0] = p.buf
-        if getattr(grad, "dtype", None) is not row.dtype:
+        if type(grad) is not ndarray or grad.dtype is not row.dtype:
             grad = check_gradient(label(index, row.param), row.data, grad)
         PyObject_GetBuffer(grad, g, PyBUF_STRIDES)
         self.held += 1

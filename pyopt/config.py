@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from pyopt import _engine, _isa, threads
 
 def config() -> dict[str, dict[str, Any]]:
     """The sections of show_config; values are str, int, bool or lists of str."""
+    from importlib import metadata  # 20 ms that `import pyopt` need not wait for
+
     default, reason = threads.default_num_threads()
     in_use = threads.get_num_threads()
     if _engine.is_forked():

@@ -1,12 +1,14 @@
-"""The compiler's report: every loop over a span is vectorised, for both element types."""
+"""The object code: every loop over a span is vectorised for both element types, and the baseline is a baseline."""
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,30 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         text=True,
     )
     return source.read_text(), result.stderr
+
+
+@pytest.mark.parametrize("module", ["_engine", "_kernels"])
+def test_baseline_has_no_avx(module: str) -> None:
+    """What runs before the CPU has been asked must run on every x86-64."""
+    code = disassembly(module)
+    assert "xmm" in code
+    assert not re.findall(r"[yz]mm\d|\tv[a-z]+(?:ps|pd|ss|sd) ", code)
+
+
+@pytest.mark.parametrize("module, its_own", [("_kernels_v3", r"%ymm\d"), ("_kernels_v4", r"[yz]mm(?:1[6-9]|2\d|3[01])|%k\d")])
+def test_levels_use_their_registers(module: str, its_own: str) -> None:
+    code = disassembly(module)
+    for instruction in ("vsqrtps", "vsqrtpd", "vdivps", "vdivpd"):
+        assert re.search(rf"{instruction} .*[yz]mm", code), instruction
+    assert re.search(its_own, code)
+    assert "vfm" not in code, "no contraction to FMA"
+
+
+def disassembly(module: str) -> str:
+    if platform.machine() != "x86_64" or not shutil.which("objdump"):
+        pytest.skip("the levels are those of x86-64, and objdump shows them")
+    path = find_spec(f"pyopt.{module}").origin  # without importing it: the machine may not run it
+    return subprocess.run(["objdump", "-d", path], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("rule", RULES)

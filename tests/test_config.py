@@ -1,0 +1,42 @@
+"""show_config and `python -m pyopt`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import pyopt
+
+
+def test_dicts() -> None:
+    config = pyopt.show_config(mode="dicts")
+    assert config is not None
+    assert config["pyopt"]["version"] == pyopt.__version__
+    assert config["instruction sets"]["chosen"] in config["instruction sets"]["built"]
+    assert len(config["openmp"]["runtimes"]) == 1 and "gomp" in config["openmp"]["runtimes"][0]
+    assert config["threads"]["number"] == pyopt.get_num_threads()
+    assert config["numpy"]["version"] == np.__version__
+
+
+def test_reason_of_the_number_of_threads() -> None:
+    with pyopt.num_threads(7):
+        config = pyopt.show_config(mode="dicts")
+        assert config is not None and config["threads"]["why"].startswith("set by the caller")
+
+
+def test_command_prints_all_sections() -> None:
+    printed = subprocess.run([sys.executable, "-m", "pyopt"], check=True, capture_output=True, text=True).stdout
+    config = pyopt.show_config(mode="dicts")
+    assert config is not None
+    assert [line[:-1] for line in printed.splitlines() if not line.startswith(" ")] == [
+        section for section in config if section != "torch" or "torch:" in printed
+    ]
+    assert f"  chosen: {config['instruction sets']['chosen']}" in printed
+
+
+def test_bad_mode() -> None:
+    with pytest.raises(ValueError, match="mode == 'json'"):
+        pyopt.show_config(mode="json")

@@ -1,0 +1,237 @@
+"""What bits must not depend on: instruction set, thread count, split into tensors, alignment; and what a step keeps."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from importlib import import_module
+
+import numpy as np
+import pytest
+from cases import BRIEF, CASES, DTYPES, SIZES, Case, assert_same_bits, gradients, parameters
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyopt
+from pyopt import _isa
+
+
+def on_level(optimizer: pyopt.Optimizer, level: str) -> pyopt.Optimizer:
+    """The optimizer with the kernels of a level."""
+    name = next(name for name in vars(_isa.kernels) if getattr(_isa.kernels, name) is type(optimizer).rule)
+    optimizer.rule = getattr(import_module(_isa.LEVELS[level]), name)
+    return optimizer
+
+
+@pytest.mark.parametrize("level", [level for level in _isa.supported_levels() if level != "baseline"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_levels_give_the_same_bits(case: Case, dtype: type, level: str) -> None:
+    results = []
+    for each in ("baseline", level):
+        params = parameters(SIZES[:-3], dtype)
+        optimizer = on_level(case.optimizer(params, **case.options), each)
+        rng = np.random.default_rng(5)
+        for _ in range(3):
+            optimizer.step(grads=gradients(params, rng))
+        results.append([p.data for p in params] + [a for p in params for a in optimizer.state[p].values()])
+    for a, b in zip(*results, strict=True):
+        if isinstance(a, np.ndarray):
+            assert_same_bits(a, b, f"{case} on {level}")
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    case=st.sampled_from(CASES),
+    dtype=st.sampled_from(DTYPES),
+    total=st.integers(1, 3000),
+    cuts=st.lists(st.integers(0, 3000), max_size=8),
+    offsets=st.lists(st.integers(0, 16), min_size=9, max_size=9),
+    threads=st.integers(1, 5),
+    level=st.sampled_from(_isa.supported_levels()),
+)
+def test_splits_alignment_threads_and_levels(
+    case: Case, dtype: type, total: int, cuts: list, offsets: list, threads: int, level: str
+) -> None:
+    """The same numbers in one tensor, and cut into tensors at any place and any alignment."""
+    rng = np.random.default_rng(total)
+    data = rng.standard_normal(total).astype(dtype)
+    grads = [rng.standard_normal(total).astype(dtype) for _ in range(3)]
+    whole = pyopt.Parameter(data.copy())
+    one = case.optimizer([whole], **case.options)
+
+    bounds = [0, *sorted(min(cut, total) for cut in cuts), total]
+    pieces = []
+    for (begin, end), offset in zip(zip(bounds, bounds[1:], strict=False), offsets, strict=False):
+        buffer = np.empty(end - begin + offset, dtype)
+        buffer[offset:] = data[begin:end]
+        pieces.append(pyopt.Parameter(buffer[offset:]))
+    many = on_level(case.optimizer(pieces, **case.options), level)
+
+    with pyopt.num_threads(1):
+        for g in grads:
+            one.step(grads=[g])
+    pyopt._engine.set_parallel_cost(0)  # even this little work is shared
+    try:
+        with pyopt.num_threads(threads):
+            pyopt._engine.set_parallel_cost(0)
+            for g in grads:
+                many.step(grads=[g[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)])
+    finally:
+        pyopt._engine.set_parallel_cost(-1)
+    assert_same_bits(np.concatenate([p.data for p in pieces]), whole.data, str(case))
+    for name, value in one.state[whole].items():
+        if isinstance(value, np.ndarray):
+            assert_same_bits(np.concatenate([many.state[p][name] for p in pieces]), value, f"{case} {name}")
+
+
+def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("level", _isa.supported_levels())
+def test_level_can_be_forced(level: str) -> None:
+    result = in_fresh_process("import pyopt; print(pyopt._isa.level, pyopt._isa.kernels.__name__)", PYOPT_ISA=level)
+    assert result.stdout.split() == [level, _isa.LEVELS[level]], result.stderr
+
+
+def test_best_level_is_the_default() -> None:
+    result = in_fresh_process("import pyopt; print(pyopt._isa.level)", PYOPT_ISA="")
+    assert result.stdout.strip() == _isa.supported_levels()[-1]
+
+
+def test_unknown_level() -> None:
+    result = in_fresh_process("import pyopt", PYOPT_ISA="avx9")
+    assert result.returncode and "PYOPT_ISA == 'avx9', must be one of baseline, v3, v4" in result.stderr
+
+
+def test_unsupported_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_isa, "get_cpu_level", lambda: 0)
+    monkeypatch.setenv("PYOPT_ISA", "v3")
+    with pytest.raises(RuntimeError, match="PYOPT_ISA == 'v3', but this machine runs only baseline"):
+        _isa.chosen_level()
+
+
+def test_flush_denormal_is_ieee_by_default_and_thread_independent() -> None:
+    tiny = np.float32(1e-39)
+    results = {}
+    for flush in (False, True):
+        for threads in (1, 2):
+            p = pyopt.Parameter(np.full(200_000, tiny))
+            optimizer = pyopt.SGD([p], lr=1.0)
+            assert pyopt.set_flush_denormal(flush) is True and pyopt.get_flush_denormal() is flush
+            try:
+                with pyopt.num_threads(threads):
+                    optimizer.step(grads=[np.full(200_000, np.float32(-1e-40))])
+            finally:
+                pyopt.set_flush_denormal(False)
+            results[flush, threads] = p.data
+            assert np.float32(1e-39) * np.float32(1) != 0, "the caller's own mode is as before"
+    assert (results[False, 1] == tiny + np.float32(1e-40)).all() and tiny + np.float32(1e-40) != tiny
+    assert (results[True, 1] == 0).all()
+    for flush in (False, True):
+        assert_same_bits(results[flush, 1], results[flush, 2], f"flush {flush}")
+
+
+def test_mode_of_the_caller_does_not_matter() -> None:
+    """A thread that flushes (as after torch.set_flush_denormal) gets the same bits, and keeps its mode."""
+    code = """
+import ctypes, ctypes.util, numpy as np, pyopt
+libm = ctypes.CDLL(ctypes.util.find_library("m"))
+UPWARD = 0x800
+p = pyopt.Parameter(np.full(1000, 1, np.float32))
+assert libm.fesetround(UPWARD) == 0
+pyopt.SGD([p], lr=1.0).step(grads=[np.full(1000, -1e-9, np.float32)])
+assert libm.fegetround() == UPWARD
+libm.fesetround(0)
+print((p.data == 1).all())
+"""
+    assert in_fresh_process(code).stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("case", BRIEF, ids=str)
+def test_no_growth_after_the_first_step(case: Case) -> None:
+    """50 steps need less than 1 MB beyond parameters, gradients and state."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+import numpy as np, pyopt
+params = [pyopt.Parameter(np.ones(n, np.float32)) for n in (1_000_000, 300, 7)]
+optimizer = pyopt.{case.optimizer.__name__}(params, **{case.options!r})
+grads = [np.ones_like(p.data) for p in params]
+optimizer.step(grads=grads)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(50):
+    for p, g in zip(params, grads): p.grad = g
+    optimizer.step()
+    optimizer.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = in_fresh_process(code)
+    assert int(result.stdout) < 1024, f"{result.stdout} kB more; {result.stderr}"
+
+
+def test_arrays_are_released_with_the_optimizer() -> None:
+    data = np.ones(100, np.float32)
+    optimizer = pyopt.Adam([data])
+    optimizer.step(grads=[np.ones(100, np.float32)])
+    before = sys.getrefcount(data)
+    del optimizer
+    gc.collect()
+    assert sys.getrefcount(data) < before
+
+
+def test_several_python_threads_on_different_optimizers() -> None:
+    def train(seed: int, out: dict) -> None:
+        params = parameters([50_000, 3, 7], np.float32, seed)
+        optimizer = pyopt.Adam(params)
+        rng = np.random.default_rng(seed)
+        for _ in range(20):
+            optimizer.step(grads=gradients(params, rng))
+        out[seed] = [p.data for p in params]
+
+    alone: dict = {}
+    together: dict = {}
+    for seed in range(4):
+        train(seed, alone)
+    threads = [threading.Thread(target=train, args=(seed, together)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for seed, arrays in alone.items():
+        for a, b in zip(arrays, together[seed], strict=True):
+            assert_same_bits(a, b, f"thread {seed}")
+
+
+def test_two_threads_on_one_optimizer_get_an_error() -> None:
+    """A step from inside a step (here: from the gradient's own conversion) is refused, and harmless."""
+    p = pyopt.Parameter(np.ones(10, np.float32))
+    optimizer = pyopt.Adam([p])
+    errors = []
+
+    class Meddling:
+        dtype = np.dtype(np.float32)
+
+        def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+            thread = threading.Thread(target=self.step)
+            thread.start()
+            thread.join(60)
+            return np.ones(10, np.float32)
+
+        def step(self) -> None:
+            try:
+                optimizer.step(grads=[np.ones(10, np.float32)])
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    optimizer.step(grads=[Meddling()])
+    assert errors == ["Adam.step() is already running in another thread"]
+    assert optimizer.state[p]["step"] == 1
+    optimizer.step(grads=[np.ones(10, np.float32)])
+    assert optimizer.state[p]["step"] == 2
