@@ -8,7 +8,7 @@
 # - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
 
 from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.dict cimport PyDict_GetItemWithError
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject
 from cython.parallel cimport prange
@@ -18,8 +18,9 @@ cimport openmp
 import numpy as np
 from numpy import ndarray
 
+from pyopt.checks import count as check_count
 from pyopt.checks import plain
-from pyopt.parameter import check_gradient, check_no_overlap, check_state, label
+from pyopt.parameter import Parameter, check_gradient, check_no_overlap, check_state, label
 
 
 cdef class Rule:
@@ -242,14 +243,21 @@ def set_parallel_cost(Py_ssize_t cost):
 
 
 cdef Py_ssize_t measure_parallel_cost(int threads) noexcept nogil:
-    """The cost from which on a region pays: the least time of empty regions, four times for threads that sleep."""
-    cdef double best = 1, start
-    cdef int draw, region
-    for draw in range(15):
+    """The cost from which on a region pays: the least time of empty regions, four times for threads that sleep.
+
+    It ends after a millisecond: on a busy machine a single region can take many.
+    """
+    cdef double best = 1, start, end = 0, deadline
+    cdef int _draw
+    sweep(NULL, 0, NULL, 0, threads, False)  # makes the team
+    deadline = openmp.omp_get_wtime() + 1e-3
+    for _draw in range(200):
         start = openmp.omp_get_wtime()
-        for region in range(20):
-            sweep(NULL, 0, NULL, 0, threads, False)
-        best = min(best, (openmp.omp_get_wtime() - start) / 20)
+        sweep(NULL, 0, NULL, 0, threads, False)
+        end = openmp.omp_get_wtime()
+        best = min(best, end - start)
+        if end > deadline:
+            break
     return max(LEAST_SHARED, <Py_ssize_t>(4e9 * best / NS_PER_ELEMENT * threads / (threads - 1)))
 
 
@@ -302,6 +310,7 @@ cdef class Row:
     cdef object param, data, dtype
     cdef dict state  # its entry of optimizer.state, or the new one that will become it
     cdef Export export
+    cdef tuple names  # of the state behind each stream
     cdef list state_exports
     cdef PyObject *arrays[STATES]  # held by state_exports, kept to be compared
     cdef void *state_buffers[STATES]
@@ -312,6 +321,9 @@ cdef class Row:
 
     cdef int bind(self, param, data) except -1:
         """Hold the buffer of a parameter; what belonged to another one is let go."""
+        if not isinstance(param, Parameter):
+            raise TypeError(f"'params' of a param group holds a {type(param).__name__}, must be a list of Parameters")
+        self.names = None
         self.export = Export(data, PyBUF_STRIDES | PyBUF_WRITABLE)
         self.param = param
         self.data = data
@@ -331,21 +343,43 @@ cdef class Row:
             self.state = <object>found
         if not counts_steps:
             return 1 if self.fresh else 2
-        step = self.state.get("step")
-        if type(step) is not int or step < 0:
-            raise ValueError(f"{label(index, self.param)}: state 'step' == {step!r}, must be an int >= 0")
-        return <Py_ssize_t>step + 1
+        cdef PyObject *step = PyDict_GetItemWithError(self.state, "step")
+        if step == NULL:
+            raise KeyError(f"{label(index, self.param)}: state has no 'step', only {sorted(self.state)}")
+        if type(<object>step) is not int or not 0 <= <object>step < 2**63 - 1:
+            check_count(f"{label(index, self.param)}: state 'step'", <object>step)
+        return <Py_ssize_t><object>step + 1
 
-    cdef void *bind_state(self, int j, str name, Py_ssize_t index) except NULL:
-        """The pointer of state stream j, exported anew if the user has replaced the array."""
-        cdef PyObject *array = PyDict_GetItemWithError(self.state, name)
+    cdef bint bind_state(self, tuple names, Py_ssize_t index) except -1:
+        """Take the pointers of the state; whether an array is a new one, or was replaced by the user."""
+        cdef PyObject *array
         cdef Export export
-        if array != self.arrays[j] or array == NULL:
-            check_state(label(index, self.param), name, self.state, self.data)
-            self.state_exports[j] = export = Export(<object>array, PyBUF_STRIDES | PyBUF_WRITABLE)
-            self.arrays[j] = array
+        cdef bint changed = False
+        cdef int j
+        self.names = names
+        for j in range(STATES):
+            name = names[j]
+            if name is None:
+                self.state_buffers[j] = NULL
+                continue
+            array = PyDict_GetItemWithError(self.state, name)
+            if array == NULL or array != self.arrays[j]:
+                check_state(label(index, self.param), name, self.state, self.data)
+                self.state_exports[j] = Export(<object>array, PyBUF_STRIDES | PyBUF_WRITABLE)
+                self.arrays[j] = array
+                changed = True
+            export = self.state_exports[j]
             self.state_buffers[j] = export.view.buf
-        return self.state_buffers[j]
+        return changed
+
+    cdef int list_arrays(self, list arrays, Py_ssize_t index) except -1:
+        """Append (label, array) of all that a step writes."""
+        what = label(index, self.param)
+        arrays.append((what, self.data))
+        for j in range(STATES):
+            if self.names is not None and self.names[j] is not None:
+                arrays.append((f"{what}: state {self.names[j]!r}", <object>self.arrays[j]))
+        return 0
 
     cdef void *copy_gradient(self, grad) except NULL:
         if self.copy is None:
@@ -370,8 +404,8 @@ cdef class Table:
     cdef Work *work
     cdef Numbers *numbers
     cdef Py_buffer *grads  # exports of this step's gradients
-    cdef Range *ranges  # where the parameters lie, in ascending order
-    cdef Py_ssize_t capacity, count, held, cost
+    cdef Range *ranges  # where parameters and state lie, in ascending order
+    cdef Py_ssize_t capacity, count, held, cost, n_ranges
     cdef bint busy
 
     def __cinit__(self):
@@ -409,39 +443,48 @@ cdef class Table:
         cdef Rule rule = optimizer.rule
         cdef object state = optimizer.state
         cdef bint counts_steps = optimizer.counts_steps
-        cdef Py_ssize_t g, i, step, last_step, k = 0
+        cdef Py_ssize_t g, _i, step, last_step, k = 0
+        cdef bint changed
         cdef Row row
         self.count = self.cost = 0
         self.counts.clear()
-        self.bind(optimizer, groups)
+        if self.bind(groups, optimizer):
+            self.measure()
+        changed = False
         for g in range(len(groups)):
             group = groups[g]
             params = group["params"]
             last_step = -1
-            for i in range(len(params)):
+            for _i in range(len(params)):
                 row = self.rows[k]
                 grad = row.param.grad if grads is None else grads[k]
                 row.active = grad is not None
                 if row.active:
                     step = row.find_state(optimizer, group, state, counts_steps, k)
+                    changed |= row.bind_state(<tuple>self.names[g], k)
                     if step != last_step:
                         rule.pack(optimizer.scalars(self.plain[g], step), &self.numbers[len(self.counts)])
                         self.counts.append(step)
                         last_step = step
                     row.slot = len(self.counts) - 1
-                    self.add(rule, row, grad, <tuple>self.names[g], k)
                 k += 1
+        if changed:
+            self.measure()
+        for k in range(len(self.rows)):
+            row = self.rows[k]
+            if row.active:
+                self.add(rule, row, row.param.grad if grads is None else grads[k], k)
         return 0
 
-    cdef int bind(self, optimizer, list groups) except -1:
-        """Bring rows and groups up to date with what the user may have changed since the last step."""
+    cdef bint bind(self, list groups, optimizer) except -1:
+        """Bring groups and rows up to date with what the user may have changed; whether a parameter is a new one."""
         cdef list params
         cdef Py_ssize_t g, i, k = 0
         cdef bint changed = False
         cdef Row row
         for g in range(len(groups)):
             group = groups[g]
-            if g >= len(self.seen) or group != self.seen[g]:
+            if g >= len(self.seen) or not same_values(group, <dict>self.seen[g]):
                 optimizer.check_group(group)
                 self.seen[g:g + 1] = [dict(group)]
                 self.plain[g:g + 1] = [plain(group)]
@@ -452,32 +495,36 @@ cdef class Table:
                 if k == len(self.rows):
                     self.rows.append(Row())
                 row = self.rows[k]
-                data = param._data
+                data = param._data if type(param) is Parameter else getattr(param, "_data", None)
                 if data is not row.data or param is not row.param:
                     row.bind(param, data)
                     changed = True
                 k += 1
-        if changed or k != len(self.rows):
+        if k != len(self.rows):
             del self.rows[k:]
-            self.measure()
-        return 0
+            changed = True
+        return changed
 
     cdef int measure(self) except -1:
-        """Make room for all rows and note where their parameters lie."""
-        cdef list ranges = check_no_overlap([(<Row>row).param for row in self.rows])
+        """Make room for all rows and note where lies what the step will write, no two in one place."""
         cdef Py_ssize_t n = len(self.rows), i
+        cdef list arrays = []
+        for i in range(n):
+            (<Row>self.rows[i]).list_arrays(arrays, i)
+        cdef list ranges = check_no_overlap(arrays)
         if n > self.capacity:
             self.work = <Work *>grown(self.work, n * sizeof(Work))
             self.numbers = <Numbers *>grown(self.numbers, n * sizeof(Numbers))
             self.grads = <Py_buffer *>grown(self.grads, n * sizeof(Py_buffer))
-            self.ranges = <Range *>grown(self.ranges, n * sizeof(Range))
+            self.ranges = <Range *>grown(self.ranges, n * (1 + STATES) * sizeof(Range))
             self.capacity = n
-        for i in range(n):
+        self.n_ranges = len(ranges)
+        for i in range(self.n_ranges):
             self.ranges[i].begin = <char *><size_t>ranges[i][0]
             self.ranges[i].end = <char *><size_t>ranges[i][1]
         return 0
 
-    cdef int add(self, Rule rule, Row row, grad, tuple names, Py_ssize_t index) except -1:
+    cdef int add(self, Rule rule, Row row, grad, Py_ssize_t index) except -1:
         """Add a row to the work of this step."""
         cdef Work *w = &self.work[self.count]
         cdef const Py_buffer *p = &row.export.view
@@ -496,26 +543,26 @@ cdef class Table:
         self.held += 1
         if not same_shape(p, g):
             check_gradient(label(index, row.param), row.data, grad)
-        if same_order(p, g) and <size_t>g.buf % g.itemsize == 0 and not self.touches_parameter(<char *>g.buf, g.len):
+        if same_order(p, g) and <size_t>g.buf % g.itemsize == 0 and not self.will_be_written(<char *>g.buf, g.len):
             w.stream[1] = g.buf
         else:
             w.stream[1] = row.copy_gradient(grad)
         for j in range(STATES):
-            w.stream[2 + j] = NULL if names[j] is None else row.bind_state(j, <str>names[j], index)
+            w.stream[2 + j] = row.state_buffers[j]
         self.count += 1
         self.cost += w.size + ROW_COST
         return 0
 
-    cdef bint touches_parameter(self, const char *begin, Py_ssize_t length) noexcept:
-        """Whether a gradient shares memory with a parameter: it is copied then, since the sweep has no order."""
-        cdef Py_ssize_t low = 0, high = len(self.rows), k
+    cdef bint will_be_written(self, const char *begin, Py_ssize_t length) noexcept:
+        """Whether a gradient shares memory with a parameter or state: copied then, since the sweep has no order."""
+        cdef Py_ssize_t low = 0, high = self.n_ranges, k
         while low < high:  # the first range that ends beyond begin
             k = (low + high) // 2
             if self.ranges[k].end > begin:
                 high = k
             else:
                 low = k + 1
-        return low < len(self.rows) and self.ranges[low].begin < begin + length
+        return low < self.n_ranges and self.ranges[low].begin < begin + length
 
     cdef int commit(self, optimizer) except -1:
         """Write the step counts, and give new state its place."""
@@ -529,6 +576,22 @@ cdef class Table:
                 if row.fresh and row.state:
                     state[row.param] = row.state
         return 0
+
+
+cdef bint same_values(dict group, dict seen) noexcept:
+    """Whether a group holds the objects that were checked; a list may have changed inside, that of params is compared
+    row by row."""
+    cdef Py_ssize_t position = 0
+    cdef PyObject *key
+    cdef PyObject *value
+    if len(group) != len(seen):
+        return False
+    while PyDict_Next(group, &position, &key, &value):
+        if PyDict_GetItemWithError(seen, <object>key) != value:
+            return False
+        if type(<object>value) is list and <object>key != "params":
+            return False
+    return True
 
 
 cdef void *grown(void *block, size_t size) except NULL:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,11 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     """A finite real number with low <= value <= high and value < below."""
     if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} == {value!r}, must be a number, not {type(value).__name__}")
-    if not (math.isfinite(value) and low <= float(value) <= high and value < below):
+    try:
+        x = float(value)
+    except OverflowError:  # an int of hundreds of digits
+        x = math.inf
+    if not (math.isfinite(x) and low <= x <= high and x < below):
         upper = f" and < {below:g}" if below < math.inf else f" and <= {high:g}" if high < math.inf else ""
         lower = f" and >= {low:g}" if low > -math.inf else ""
         raise ValueError(f"{name} == {value!r}, must be finite{lower}{upper}")
@@ -41,6 +45,14 @@ def betas(name: str, value: Any) -> None:
         raise TypeError(f"{name} == {value!r}, must be a pair of numbers")
     for i, beta in enumerate(value):
         number(f"{name}[{i}]", beta, 0, below=1)
+
+
+def count(name: str, value: Any) -> None:
+    """An integer >= 0 that fits into 63 bits."""
+    if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} == {value!r}, must be an int, not {type(value).__name__}")
+    if not 0 <= value < 2**63 - 1:
+        raise ValueError(f"{name} == {value!r}, must be >= 0 and < 2**63 - 1")
 
 
 def flag(name: str, value: Any) -> None:

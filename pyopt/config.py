@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def config() -> dict[str, dict[str, Any]]:
         why = reason
     else:
         why = f"set by the caller; the default is {default}: {reason}"
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "pyopt": {"version": metadata.version("pyopt"), "path": str(Path(__file__).parent)},
         "machine": {"system": platform.system(), "architecture": platform.machine(), "python": sys.version.split()[0]},
         "instruction sets": {
@@ -41,10 +42,8 @@ def config() -> dict[str, dict[str, Any]]:
     if torch is not None:
         sections["torch"] = {"version": str(torch.__version__), "threads": torch.get_num_threads()}
     else:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             sections["torch"] = {"version": metadata.version("torch"), "imported": False}
-        except metadata.PackageNotFoundError:
-            pass
     return sections
 
 

@@ -14,11 +14,13 @@ from pyopt._engine import Rule, Table
 from pyopt.hooks import Hooks, RemovableHandle
 from pyopt.parameter import (
     Parameter,
+    apart_from,
     as_parameters,
     check_gradient,
     check_no_overlap,
     check_state_values,
     label,
+    labelled,
 )
 
 Group = dict[str, Any]
@@ -39,6 +41,11 @@ def register_optimizer_step_pre_hook(hook: Callable[..., Any]) -> RemovableHandl
 def register_optimizer_step_post_hook(hook: Callable[..., Any]) -> RemovableHandle:
     """Run hook(optimizer, args, kwargs) after every step of every optimizer, behind its own hooks."""
     return _global_step_post_hooks.register(hook)
+
+
+def _check_type(what: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind) or isinstance(value, str):
+        raise TypeError(f"{what} is a {type(value).__name__}, must be a {'dict' if kind is Mapping else 'list'}")
 
 
 class Optimizer:
@@ -79,6 +86,7 @@ class Optimizer:
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         if isinstance(params, (np.ndarray, Parameter, str, Mapping, Set)) or not isinstance(params, Iterable):
             raise TypeError(f"params is a {type(params).__name__}, must be an ordered iterable of arrays or of dicts")
+        self.check_group({"params": [], **defaults})
         self.defaults = defaults
         self.state: defaultdict[Parameter, dict[str, Any]] = defaultdict(dict)
         self.param_groups: list[Group] = []
@@ -122,18 +130,21 @@ class Optimizer:
         if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
             raise ValueError("either all param groups have parameter names or none")
         self.check_group(group)
-        check_no_overlap([*self._parameters(), *params])
+        check_no_overlap(labelled([*self._parameters(), *params]))
         self.param_groups.append(group)
 
     def check_group(self, group: Group) -> None:
         """Raise unless the keys and hyper-parameters of a group are valid; overriders call this first."""
-        allowed = {"params", "param_names", *self.defaults} | SCHEDULER_KEYS
-        if unknown := sorted(set(group) - allowed):
-            raise ValueError(f"unknown key {unknown[0]!r} in a param group, must be one of {sorted(self.defaults)}")
-        if missing := sorted(set(self.defaults) - set(group)):
-            raise ValueError(f"a param group has no {missing[0]!r}")
+        defaults = getattr(self, "defaults", group)
+        if missing := sorted({"params", *defaults} - set(group)):
+            raise KeyError(f"a param group has no {missing[0]!r}")
+        if unknown := sorted(set(group) - {"params", "param_names", *defaults} - SCHEDULER_KEYS):
+            raise ValueError(f"unknown key {unknown[0]!r} in a param group, must be one of {sorted(defaults)}")
+        params = group["params"]
+        if not isinstance(params, list) or not all(isinstance(p, Parameter) for p in params):
+            raise TypeError(f"'params' of a param group is {type(params).__name__}, must be a list of Parameters")
         for key, check in self.checks.items():
-            if key in self.defaults:
+            if key in defaults:
                 check(key, group[key])
 
     def _parameters(self) -> list[Parameter]:
@@ -178,6 +189,8 @@ class Optimizer:
     def _step(self, closure: Callable[[], Any] | None = None, *, grads: Iterable[Any] | None = None) -> Any:
         loss = None if closure is None else closure()
         if grads is not None:
+            if not isinstance(grads, Iterable):
+                raise TypeError(f"grads is a {type(grads).__name__}, must be an iterable: one gradient per parameter")
             grads = list(grads)
             expected = len(self._parameters())
             if len(grads) != expected:
@@ -197,8 +210,9 @@ class Optimizer:
                 rows.append((group, p, p.grad))
         if grads is not None:
             rows = [(group, p, grad) for (group, p, _), grad in zip(rows, grads, strict=True)]
+        ranges = check_no_overlap(labelled(p for _, p, _ in rows))
         rows = [
-            (group, p, check_gradient(label(i, p), p.data, grad))
+            (group, p, apart_from(ranges, check_gradient(label(i, p), p.data, grad)))
             for i, (group, p, grad) in enumerate(rows)
             if grad is not None
         ]
@@ -255,8 +269,10 @@ class Optimizer:
         for p in self._parameters():
             if set_to_none:
                 p.grad = None
-            elif p.grad is not None:
+            elif isinstance(p.grad, np.ndarray) and p.grad.flags.writeable:
                 p.grad.fill(0)
+            elif p.grad is not None:  # a NumPy scalar, or an array of another library
+                p.grad = np.zeros_like(p.data)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -273,7 +289,10 @@ class Optimizer:
         for hook in self._state_dict_pre_hooks.values():
             hook(self)
         indices = {p: i for i, p in enumerate(self._parameters())}
-        groups = [{**group, "params": [indices[p] for p in group["params"]]} for group in self.param_groups]
+        groups = []
+        for group in self.param_groups:
+            packed = {key: value for key, value in group.items() if key != "params"}
+            groups.append({**packed, "params": [indices[p] for p in group["params"]]})
         state = {indices[p]: dict(entry) for p, entry in self.state.items() if p in indices and entry}
         result: StateDict = {"state": state, "param_groups": groups}
         if copy:
@@ -293,6 +312,7 @@ class Optimizer:
             TypeError, KeyError, ValueError: a state of another optimizer, other parameters, shapes, dtypes or names;
                 nothing has changed then.
         """
+        _check_type("state_dict", state_dict, Mapping)
         state_dict = dict(state_dict)
         for hook in self._load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
@@ -314,12 +334,17 @@ class Optimizer:
             if key not in state_dict:
                 raise KeyError(f"state_dict has no {key!r}, only {sorted(map(str, state_dict))}")
         saved_groups = state_dict["param_groups"]
+        _check_type("state_dict: param_groups", saved_groups, Sequence)
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(f"state_dict has {len(saved_groups)} param groups, must have {len(self.param_groups)}")
         groups = []
         first = 0
         for i, (live, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             end = first + len(live["params"])
+            _check_type(f"state_dict: param group {i}", saved, Mapping)
+            if "params" not in saved:
+                raise KeyError(f"state_dict: param group {i} has no 'params', only {sorted(saved)}")
+            _check_type(f"state_dict: 'params' of param group {i}", saved["params"], Sequence)
             if list(saved["params"]) != list(range(first, end)):
                 raise ValueError(
                     f"state_dict: param group {i} has parameters {saved['params']}, must have {list(range(first, end))}"
@@ -334,8 +359,8 @@ class Optimizer:
             group = {**deepcopy({**saved, "params": None}), **names, "params": live["params"]}
             try:
                 self.check_group(group)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"state_dict of another optimizer, or damaged: {error}") from None
+            except (KeyError, TypeError, ValueError) as error:
+                raise type(error)(f"state_dict of another optimizer, or damaged: {error.args[0]}") from None
             groups.append(group)
         return groups
 
@@ -343,10 +368,15 @@ class Optimizer:
         """The saved state by live parameter."""
         params = [(p, group) for group in groups for p in group["params"]]
         states = {}
+        _check_type("state_dict: state", state_dict["state"], Mapping)
         for index, saved in state_dict["state"].items():
-            if not isinstance(index, int) or not 0 <= index < len(params):
-                raise ValueError(f"state_dict has state of parameter {index!r}, must be 0 to {len(params) - 1}")
+            if not isinstance(index, (int, np.integer)) or not 0 <= index < len(params):
+                raise ValueError(
+                    f"state_dict has state of parameter {index!r}, must be an int from 0 to {len(params) - 1}"
+                )
+            index = int(index)
             p, group = params[index]
+            _check_type(f"state_dict: state of {label(index, p)}", saved, Mapping)
             self._check_saved_state(label(index, p), saved, p, group)
             states[p] = saved
         return states
@@ -358,8 +388,10 @@ class Optimizer:
         counter = {"step"} if self.counts_steps else set()
         if unknown := sorted(set(saved) - set(self.state_names) - counter):
             raise ValueError(f"{what}: state_dict has {unknown[0]!r}, of which {type(self).__name__} knows nothing")
-        if counter and not (isinstance(saved.get("step"), (int, np.integer)) and saved["step"] >= 0):
-            raise ValueError(f"{what}: state_dict has step == {saved.get('step')!r}, must be an int >= 0")
+        if self.counts_steps:
+            if "step" not in saved:
+                raise KeyError(f"{what}: state_dict has no 'step', only {sorted(saved)}")
+            checks.count(f"{what}: state_dict: step", saved["step"])
         for name in {*saved, *filter(None, self.state_streams(group))} - counter:
             check_state_values(what, name, saved, p.data)
 
@@ -418,6 +450,6 @@ class Optimizer:
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {i}")
+            lines += [f"Parameter Group {i}"] if i == 0 else ["", f"Parameter Group {i}"]
             lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
         return "\n".join([*lines, ")"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Set
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,8 @@ class Parameter:
 
     Args:
         data: writable float32 or float64 ndarray of any shape, dense in memory (C- or F-contiguous, or a transpose of
-            such). It is not copied: the optimizer writes into it.
+            such). It is not copied: the optimizer holds its buffer and writes into it, also if the array is made
+            read-only later.
         grad: gradient of the loss, same shape and dtype as `data`, in any memory order; None for "none".
         name: used in error messages.
 
@@ -74,6 +76,8 @@ def as_parameters(params: Any, first: int) -> tuple[list[Parameter], list[str] |
             name = names[-1] if len(names) > i - first else None
             check_data(f"parameter {name!r}" if name else f"parameter {i}", item)
             item = Parameter(item, name=name)
+        elif item.name is None and len(names) > i - first:
+            item.name = names[-1]
         parameters.append(item)
     if names and len(names) != len(parameters):
         raise ValueError(f"{len(names)} of {len(parameters)} parameters of a group have names, must be all or none")
@@ -90,7 +94,7 @@ def label(index: int, param: Any) -> str:
 
 def check_data(what: str, data: Any) -> np.ndarray[Any, Any]:
     """The array, if the kernels can walk it."""
-    if not isinstance(data, np.ndarray):
+    if not isinstance(data, np.ndarray) or isinstance(data, np.ma.MaskedArray):
         raise TypeError(f"{what} is a {type(data).__name__}, must be a numpy.ndarray")
     if data.dtype not in DTYPES or not data.dtype.isnative:
         raise TypeError(f"{what} has dtype {data.dtype.str} ({data.dtype}), must be native float32 or float64")
@@ -114,10 +118,9 @@ def is_dense(array: np.ndarray[Any, Any]) -> bool:
 
 def check_gradient(what: str, data: np.ndarray[Any, Any], grad: Any) -> np.ndarray[Any, Any]:
     """The gradient as an ndarray, if it fits the parameter; its memory order is free."""
-    if not isinstance(grad, np.ndarray):
-        if not hasattr(grad, "__array__") or not hasattr(grad, "dtype"):
-            raise TypeError(f"{what}: gradient is a {type(grad).__name__}, must be an array of dtype {data.dtype}")
-        grad = np.asarray(grad)
+    if not hasattr(grad, "__array__") or isinstance(grad, np.ma.MaskedArray):
+        raise TypeError(f"{what}: gradient is a {type(grad).__name__}, must be an array of dtype {data.dtype}")
+    grad = np.asarray(grad)
     array: np.ndarray[Any, Any] = grad
     if array.dtype != data.dtype:
         raise TypeError(f"{what}: gradient has dtype {array.dtype}, must be {data.dtype} like the parameter")
@@ -150,12 +153,30 @@ def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[An
         )
 
 
-def check_no_overlap(params: Iterable[Parameter]) -> list[tuple[int, int]]:
-    """The addresses [begin, end) of all parameters in ascending order; ValueError if two share memory."""
-    ranges = sorted((*byte_bounds(p.data), i, p) if p.data.size else (0, 0, i, p) for i, p in enumerate(params))
-    for (_, end, i, p), (begin, _, j, q) in pairwise(ranges):
+Ranges = list[tuple[int, int]]
+
+
+def check_no_overlap(arrays: Iterable[tuple[str, np.ndarray[Any, Any]]]) -> Ranges:
+    """The addresses [begin, end) of (label, array) pairs in ascending order; ValueError if two share memory."""
+    named = [(what, array) for what, array in arrays if array.size]
+    ranges = sorted((*byte_bounds(array), i) for i, (_, array) in enumerate(named))
+    for (_, end, i), (begin, _, j) in pairwise(ranges):
         if begin < end:
-            first, second = label(min(i, j), p if i < j else q), label(max(i, j), q if i < j else p)
-            same = "the same array" if p.data is q.data else "overlapping memory"
+            (first, p), (second, q) = named[min(i, j)], named[max(i, j)]
+            same = "the same array" if p is q else "overlapping memory"
             raise ValueError(f"{first} and {second} share {same}; each must have its own")
-    return [(begin, end) for begin, end, _, _ in ranges]
+    return [(begin, end) for begin, end, _ in ranges]
+
+
+def labelled(params: Iterable[Parameter]) -> list[tuple[str, np.ndarray[Any, Any]]]:
+    """(label, array) of all parameters."""
+    return [(label(i, p), p.data) for i, p in enumerate(params)]
+
+
+def apart_from(ranges: Ranges, grad: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The gradient, read-only; a copy of it if it lies in one of the ranges, which the step will write to."""
+    begin, end = byte_bounds(grad)
+    k = bisect_right(ranges, begin, key=lambda bounds: bounds[1])
+    grad = grad.copy() if k < len(ranges) and ranges[k][0] < end else grad.view()
+    grad.flags.writeable = False
+    return grad

@@ -1,6 +1,7 @@
 """The oracles: each rule as its paper and torch.optim have it, in NumPy and in the dtype of the parameter.
 
-They share no code with pyopt: equality of bits is asked of the kernels. An oracle takes the parameter and the state and gives the new ones; it never writes into what it is given.
+They share no code with pyopt: equality of bits is asked of the kernels. An oracle takes the parameter and the state and
+gives the new ones; it never writes into what it is given.
 """
 
 from __future__ import annotations

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import threading
 from importlib import import_module
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from cases import BRIEF, CASES, DTYPES, SIZES, Case, assert_same_bits, gradients, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyopt
+from cases import BRIEF, CASES, DTYPES, SIZES, Case, assert_same_bits, gradients, parameters
 from pyopt import _isa
 
 
@@ -65,7 +66,7 @@ def test_splits_alignment_threads_and_levels(
 
     bounds = [0, *sorted(min(cut, total) for cut in cuts), total]
     pieces = []
-    for (begin, end), offset in zip(zip(bounds, bounds[1:], strict=False), offsets, strict=False):
+    for (begin, end), offset in zip(pairwise(bounds), offsets, strict=False):
         buffer = np.empty(end - begin + offset, dtype)
         buffer[offset:] = data[begin:end]
         pieces.append(pyopt.Parameter(buffer[offset:]))
@@ -79,7 +80,7 @@ def test_splits_alignment_threads_and_levels(
         with pyopt.num_threads(threads):
             pyopt._engine.set_parallel_cost(0)
             for g in grads:
-                many.step(grads=[g[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)])
+                many.step(grads=[g[begin:end] for begin, end in pairwise(bounds)])
     finally:
         pyopt._engine.set_parallel_cost(-1)
     assert_same_bits(np.concatenate([p.data for p in pieces]), whole.data, str(case))

@@ -31,7 +31,10 @@ def test_own_optimizer() -> None:
     assert np.allclose(optimizer.state_dict()["state"][0]["momentum_buffer"], [0.3, -0.4])
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(pyopt.__path__, "pyopt.") if "__" not in m.name])
+MODULES = [m.name for m in pkgutil.walk_packages(pyopt.__path__, "pyopt.") if "__" not in m.name]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
     if name.startswith("pyopt._kernels_v"):
         return

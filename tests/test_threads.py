@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_engine import in_fresh_process
 
 import pyopt
 from pyopt import threads
+from test_engine import in_fresh_process
 
 
 def test_setting() -> None:
