@@ -21,7 +21,7 @@ COMPILE_ARGS = EXACT + VECTOR + OPENMP
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
-MODULES = ["_engine", "_kernels", *LEVELS]
+MODULES = ["_engine", "_table", "_kernels", *LEVELS]
 
 DIRECTIVES = {
     "language_level": 3,

@@ -1,4 +1,4 @@
-# What the kernels and the engine share: the shape of a span, and the rule that a span belongs to.
+# What kernels, table and engine share: the shape of a span, the rule it belongs to, and a step's work.
 
 # One rule over n elements: parameter, gradient and up to three state streams (NULL where the options need none), of
 # one element type. `restrict` on parameters: with more than five streams GCC gives up on run-time alias checks.
@@ -13,6 +13,24 @@ ctypedef int (*Pack)(dict, void *) except -1
 cdef enum:
     STATES = 3
     SCALARS = 16
+    ROW_COST = 64  # what a tensor costs beyond its elements, in elements
+
+
+cdef struct Work:  # one tensor of one step
+    Py_ssize_t start  # the cost of all tensors before it, in elements
+    Py_ssize_t size
+    Py_ssize_t slot  # which of the step's sets of numbers
+    bint is_double
+    Span32 span32
+    Span64 span64
+    void *stream[2 + STATES]
+
+
+cdef struct Numbers:
+    double value[SCALARS]
+
+
+cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers) noexcept nogil
 
 
 cdef class Rule:

@@ -38,14 +38,14 @@ cdef inline floating l2(floating g, floating p, double weight_decay) noexcept no
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
-# sign is -1 to maximize, else 1. decay is the factor 1 - lr * weight_decay where the decay is decoupled, else 1.
+# scale is the factor of the gradient: -1 to maximize, 1 / loss scale. decay is the factor 1 - lr * weight_decay where the decay is decoupled, else 1.
 
 ctypedef struct SGD:
-    double lr, momentum, undamped, weight_decay, sign  # undamped = 1 - dampening
+    double lr, momentum, undamped, weight_decay, scale  # undamped = 1 - dampening
     bint nesterov, first
 
 cdef inline floating sgd(floating p, floating g, floating* b, const SGD* h) noexcept nogil:
-    g = l2(<floating>h.sign * g, p, h.weight_decay)
+    g = l2(<floating>h.scale * g, p, h.weight_decay)
     if h.momentum != 0:
         b[0] = g if h.first else b[0] * <floating>h.momentum + <floating>h.undamped * g
         g = g + <floating>h.momentum * b[0] if h.nesterov else b[0]
@@ -53,10 +53,10 @@ cdef inline floating sgd(floating p, floating g, floating* b, const SGD* h) noex
 
 
 ctypedef struct Lion:
-    double lr, beta1, weight1, weight2, beta2, decay, sign  # weight = 1 - beta
+    double lr, beta1, weight1, weight2, beta2, decay, scale  # weight = 1 - beta
 
 cdef inline floating lion(floating p, floating g, floating* m, const Lion* h) noexcept nogil:
-    g = <floating>h.sign * g
+    g = <floating>h.scale * g
     cdef floating c = <floating>h.beta1 * m[0] + <floating>h.weight1 * g
     m[0] = <floating>h.beta2 * m[0] + <floating>h.weight2 * g
     cdef floating direction = 1 if c > 0 else (-1 if c < 0 else c)  # c itself: 0, or NaN, which must not vanish
@@ -64,21 +64,21 @@ cdef inline floating lion(floating p, floating g, floating* m, const Lion* h) no
 
 
 ctypedef struct Adagrad:
-    double lr, weight_decay, eps, sign
+    double lr, weight_decay, eps, scale
 
 cdef inline floating adagrad(floating p, floating g, floating* s, const Adagrad* h) noexcept nogil:
-    g = l2(<floating>h.sign * g, p, h.weight_decay)
+    g = l2(<floating>h.scale * g, p, h.weight_decay)
     s[0] = s[0] + g * g
     return p - <floating>h.lr * g / (root(s[0]) + <floating>h.eps)
 
 
 ctypedef struct RMSprop:
-    double lr, alpha, weight, momentum, weight_decay, eps, sign  # weight = 1 - alpha
+    double lr, alpha, weight, momentum, weight_decay, eps, scale  # weight = 1 - alpha
     bint centered
 
 cdef inline floating rmsprop(floating p, floating g, floating* s, floating* b, floating* a,
                              const RMSprop* h) noexcept nogil:
-    g = l2(<floating>h.sign * g, p, h.weight_decay)
+    g = l2(<floating>h.scale * g, p, h.weight_decay)
     s[0] = s[0] * <floating>h.alpha + <floating>h.weight * g * g
     cdef floating d = s[0]
     if h.centered:
@@ -92,12 +92,12 @@ cdef inline floating rmsprop(floating p, floating g, floating* s, floating* b, f
 
 
 ctypedef struct Adam:
-    double step_size, weight1, beta2, weight2, bias2, eps, weight_decay, decay, sign
+    double step_size, weight1, beta2, weight2, bias2, eps, weight_decay, decay, scale
     bint amsgrad  # weight = 1 - beta; step_size = lr / (1 - beta1**t); bias2 = sqrt(1 - beta2**t)
 
 cdef inline floating adam(floating p, floating g, floating* m, floating* v, floating* v_max,
                           const Adam* h) noexcept nogil:
-    g = l2(<floating>h.sign * g, p, h.weight_decay)
+    g = l2(<floating>h.scale * g, p, h.weight_decay)
     m[0] = lerp(m[0], g, h.weight1)
     v[0] = v[0] * <floating>h.beta2 + <floating>h.weight2 * g * g
     cdef floating u = v[0]

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyopt import checks
-from pyopt._engine import Rule, Table
+from pyopt._engine import Rule
+from pyopt._table import Table
 from pyopt.hooks import Hooks, RemovableHandle
 from pyopt.parameter import (
     Parameter,
@@ -20,7 +21,7 @@ from pyopt.parameter import (
     check_no_overlap,
     check_state_values,
     label,
-    labelled,
+    parameter_ranges,
 )
 
 Group = dict[str, Any]
@@ -130,7 +131,7 @@ class Optimizer:
         if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
             raise ValueError("either all param groups have parameter names or none")
         self.check_group(group)
-        check_no_overlap(labelled([*self._parameters(), *params]))
+        check_no_overlap(parameter_ranges([*self._parameters(), *params]))
         self.param_groups.append(group)
 
     def check_group(self, group: Group) -> None:
@@ -210,7 +211,7 @@ class Optimizer:
                 rows.append((group, p, p.grad))
         if grads is not None:
             rows = [(group, p, grad) for (group, p, _), grad in zip(rows, grads, strict=True)]
-        ranges = check_no_overlap(labelled(p for _, p, _ in rows))
+        ranges = check_no_overlap(parameter_ranges(p for _, p, _ in rows))
         rows = [
             (group, p, apart_from(ranges, check_gradient(label(i, p), p.data, grad)))
             for i, (group, p, grad) in enumerate(rows)

@@ -153,27 +153,25 @@ def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[An
         )
 
 
-Ranges = list[tuple[int, int]]
+Range = tuple[int, int, str]  # addresses, the end excluded, and what lies there
 
 
-def check_no_overlap(arrays: Iterable[tuple[str, np.ndarray[Any, Any]]]) -> Ranges:
-    """The addresses [begin, end) of (label, array) pairs in ascending order; ValueError if two share memory."""
-    named = [(what, array) for what, array in arrays if array.size]
-    ranges = sorted((*byte_bounds(array), i) for i, (_, array) in enumerate(named))
-    for (_, end, i), (begin, _, j) in pairwise(ranges):
-        if begin < end:
-            (first, p), (second, q) = named[min(i, j)], named[max(i, j)]
-            same = "the same array" if p is q else "overlapping memory"
+def check_no_overlap(ranges: Iterable[Range]) -> list[Range]:
+    """The ranges that are not empty, in ascending order; ValueError if two share memory."""
+    ordered = sorted(r for r in ranges if r[0] < r[1])
+    for (begin, end, first), (other_begin, other_end, second) in pairwise(ordered):
+        if other_begin < end:
+            same = "the same array" if (begin, end) == (other_begin, other_end) else "overlapping memory"
             raise ValueError(f"{first} and {second} share {same}; each must have its own")
-    return [(begin, end) for begin, end, _ in ranges]
+    return ordered
 
 
-def labelled(params: Iterable[Parameter]) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    """(label, array) of all parameters."""
-    return [(label(i, p), p.data) for i, p in enumerate(params)]
+def parameter_ranges(params: Iterable[Parameter]) -> list[Range]:
+    """Where parameters lie in memory."""
+    return [(*byte_bounds(p.data), label(i, p)) if p.data.size else (0, 0, "") for i, p in enumerate(params)]
 
 
-def apart_from(ranges: Ranges, grad: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def apart_from(ranges: list[Range], grad: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The gradient, read-only; a copy of it if it lies in one of the ranges, which the step will write to."""
     begin, end = byte_bounds(grad)
     k = bisect_right(ranges, begin, key=lambda bounds: bounds[1])

@@ -89,5 +89,5 @@ class Adagrad(Optimizer):
             "lr": group["lr"] / (1 + (step - 1) * group["lr_decay"]),
             "weight_decay": group["weight_decay"],
             "eps": group["eps"],
-            "sign": -1 if group["maximize"] else 1,
+            "scale": -1 if group["maximize"] else 1,
         }

@@ -99,6 +99,6 @@ class Adam(Optimizer):
             "eps": group["eps"],
             "weight_decay": 0 if decoupled else weight_decay,
             "decay": 1 - lr * weight_decay if decoupled else 1,
-            "sign": -1 if group["maximize"] else 1,
+            "scale": -1 if group["maximize"] else 1,
             "amsgrad": group["amsgrad"],
         }

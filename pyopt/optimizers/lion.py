@@ -65,5 +65,5 @@ class Lion(Optimizer):
             "beta2": beta2,
             "weight2": 1 - beta2,
             "decay": 1 - group["lr"] * group["weight_decay"],
-            "sign": -1 if group["maximize"] else 1,
+            "scale": -1 if group["maximize"] else 1,
         }

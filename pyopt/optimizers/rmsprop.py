@@ -93,6 +93,6 @@ class RMSprop(Optimizer):
             "momentum": group["momentum"],
             "weight_decay": group["weight_decay"],
             "eps": group["eps"],
-            "sign": -1 if group["maximize"] else 1,
+            "scale": -1 if group["maximize"] else 1,
             "centered": group["centered"],
         }

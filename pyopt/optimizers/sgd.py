@@ -91,7 +91,7 @@ class SGD(Optimizer):
             "momentum": group["momentum"],
             "undamped": 1 - group["dampening"],
             "weight_decay": group["weight_decay"],
-            "sign": -1 if group["maximize"] else 1,
+            "scale": -1 if group["maximize"] else 1,
             "nesterov": group["nesterov"],
             "first": step == 1,
         }

@@ -1,0 +1,67 @@
+# The table and its rows, for the tables of other kinds of arrays (pyopt/torch).
+
+from libc.stdint cimport int64_t
+
+from pyopt._engine cimport STATES, Numbers, Rule, Work
+
+
+cdef struct View:  # what a step needs to know of an array
+    char *data
+    const int64_t *shape
+    const int64_t *strides  # of bytes or of elements: they are compared with those of arrays of the same kind
+    int ndim
+    int itemsize
+    Py_ssize_t size
+
+
+cdef bint same_shape(const View *a, const View *b) noexcept
+cdef bint same_order(const View *a, const View *b) noexcept
+
+
+cdef class Row:
+    cdef object param
+    cdef dict state  # its entry of optimizer.state, or the new one that will become it
+    cdef tuple names  # of the state behind each stream, None where the options need none
+    cdef View p
+    cdef View s[STATES]
+    cdef Py_ssize_t index  # over all groups
+    cdef Py_ssize_t slot  # the numbers of its step, by its step count
+    cdef bint active  # whether the table steps it this time
+    cdef bint fresh  # whether its state is a new one
+
+    cdef bint bind(self, param, Py_ssize_t index) except -1
+    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1
+    cdef bint bind_state(self, tuple names) except -1
+    cdef void *gradient(self, Table table, grad) except? NULL
+    cdef int commit(self, Table table, optimizer) except -1
+    cdef int list_ranges(self, list ranges) except -1
+
+
+cdef struct Range:  # of addresses, the end excluded
+    char *begin
+    char *end
+
+
+cdef class Table:
+    cdef list rows  # one Row per parameter, in the order of the groups
+    cdef list seen  # copies of the groups as they were when last checked
+    cdef list plain  # per group: its hyper-parameters as Python numbers
+    cdef list names  # per group: the state behind each stream of its rule
+    cdef list counts  # per slot, a set of numbers of this step: the step count that it is for
+    cdef double gradient_factor
+    cdef bint counts_steps
+    cdef object states  # optimizer.state
+    cdef Work *work
+    cdef Numbers *numbers
+    cdef Range *ranges  # where parameters and state lie, in ascending order
+    cdef Py_ssize_t capacity, count, cost, n_ranges
+    cdef bint busy
+
+    cdef Row new_row(self)
+    cdef int collect(self, optimizer, list grads) except -1
+    cdef bint bind(self, optimizer, list groups) except -1
+    cdef int measure(self) except -1
+    cdef list disjoint(self, list ranges)
+    cdef int add(self, Rule rule, Row row, void *gradient) except -1
+    cdef bint will_be_written(self, const char *begin, Py_ssize_t length) noexcept
+    cdef int release(self) except -1

@@ -1,0 +1,384 @@
+# What a step works on: the table of the buffers of an optimizer, kept from step to step.
+#
+# - Parameters and state are exported once and held; gradients are looked at in every step and let go at its end, so
+#   that no gradient is kept alive. Whatever the user may have changed is noticed by the identity of the objects.
+# - Everything is checked before anything changes: `collect` may raise, the sweep cannot, `commit` writes the counts.
+
+from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from cpython.object cimport PyObject
+
+from pyopt._engine cimport ROW_COST, STATES, Numbers, Rule, Work, sweep
+
+import numpy as np
+from numpy import ndarray
+
+from pyopt.checks import count as check_count
+from pyopt.checks import plain
+from pyopt.parameter import Parameter, check_gradient, check_no_overlap, check_state, label
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+cdef bint same_shape(const View *a, const View *b) noexcept:
+    cdef int i
+    if a.ndim != b.ndim:
+        return False
+    for i in range(a.ndim):
+        if a.shape[i] != b.shape[i]:
+            return False
+    return True
+
+
+cdef bint same_order(const View *a, const View *b) noexcept:
+    """Whether two arrays of one shape and type lay their elements out alike; a length of 1 has no stride."""
+    cdef int i
+    for i in range(a.ndim):
+        if a.strides[i] != b.strides[i] and a.shape[i] > 1:
+            return False
+    return True
+
+
+cdef void take_view(View *view, const Py_buffer *buffer) noexcept:
+    view.data = <char *>buffer.buf
+    view.shape = <const int64_t *>buffer.shape
+    view.strides = <const int64_t *>buffer.strides
+    view.ndim = buffer.ndim
+    view.itemsize = <int>buffer.itemsize
+    view.size = buffer.len // buffer.itemsize
+
+
+cdef class Export:
+    """The buffer of an array, held for as long as this object lives."""
+    cdef Py_buffer buffer
+
+    def __cinit__(self, array):
+        PyObject_GetBuffer(array, &self.buffer, PyBUF_STRIDES | PyBUF_WRITABLE)
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.buffer)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+cdef class Row:
+    """One parameter of a table: its views, and the objects that they were taken from."""
+
+    cdef bint bind(self, param, Py_ssize_t index) except -1:
+        """Bring the view of the parameter up to date; whether it lies elsewhere now."""
+        raise NotImplementedError
+
+    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
+        """Find or make the state; the number of the step to come, 1 or 2 where the optimizer does not count."""
+        raise NotImplementedError
+
+    cdef bint bind_state(self, tuple names) except -1:
+        """Bring the views of the state up to date; whether an array of it lies elsewhere now."""
+        raise NotImplementedError
+
+    cdef void *gradient(self, Table table, grad) except? NULL:
+        """The elements of the gradient in the memory order of the parameter."""
+        raise NotImplementedError
+
+    cdef int commit(self, Table table, optimizer) except -1:
+        """After the sweep: write the step count, and give new state its place."""
+        raise NotImplementedError
+
+    cdef int list_ranges(self, list ranges) except -1:
+        """Append (begin, end, label) of all that a step writes."""
+        cdef int j
+        what = label(self.index, self.param)
+        ranges.append((<size_t>self.p.data, <size_t>(self.p.data + self.p.size * self.p.itemsize), what))
+        for j in range(STATES):
+            if self.names is not None and self.names[j] is not None:
+                ranges.append((<size_t>self.s[j].data, <size_t>(self.s[j].data + self.s[j].size * self.s[j].itemsize),
+                               f"{what}: state {self.names[j]!r}"))
+        return 0
+
+
+cdef class NumpyRow(Row):
+    """A pyopt.Parameter."""
+    cdef object data, dtype
+    cdef Export export
+    cdef list state_exports
+    cdef PyObject *arrays[STATES]  # held by state_exports, kept to be compared
+    cdef object copy  # a gradient in the parameter's memory order, where its own is another
+    cdef Py_buffer grad  # let go at the end of the step
+    cdef bint holds_grad
+
+    def __cinit__(self):
+        self.state_exports = [None] * STATES
+
+    cdef bint bind(self, param, Py_ssize_t index) except -1:
+        if param is self.param and param._data is self.data:
+            return False
+        if not isinstance(param, Parameter):
+            raise TypeError(f"'params' of a param group holds a {type(param).__name__}, must be a list of Parameters")
+        self.export = Export(param._data)
+        take_view(&self.p, &self.export.buffer)
+        self.param, self.index = param, index
+        self.data = param._data
+        self.dtype = self.data.dtype
+        self.copy = self.names = None
+        for j in range(STATES):
+            self.arrays[j] = NULL
+        return True
+
+    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
+        cdef PyObject *found = PyDict_GetItemWithError(table.states, self.param)
+        cdef PyObject *step
+        self.fresh = found == NULL or not <object>found
+        if self.fresh:
+            self.state = optimizer.new_state(self.param, group)
+        else:
+            self.state = <object>found
+        if not table.counts_steps:
+            return 1 if self.fresh else 2
+        step = PyDict_GetItemWithError(self.state, "step")
+        if step == NULL:
+            raise KeyError(f"{label(self.index, self.param)}: state has no 'step', only {sorted(self.state)}")
+        if type(<object>step) is not int or not 0 <= <object>step < 2**63 - 1:
+            check_count(f"{label(self.index, self.param)}: state 'step'", <object>step)
+        return <Py_ssize_t><object>step + 1
+
+    cdef bint bind_state(self, tuple names) except -1:
+        cdef PyObject *array
+        cdef Export export
+        cdef bint changed = False
+        cdef int j
+        self.names = names
+        for j in range(STATES):
+            if names[j] is None:
+                self.s[j].data = NULL
+                self.arrays[j] = NULL
+                continue
+            array = PyDict_GetItemWithError(self.state, names[j])
+            if array == NULL or array != self.arrays[j]:
+                check_state(label(self.index, self.param), names[j], self.state, self.data)
+                self.state_exports[j] = export = Export(<object>array)
+                take_view(&self.s[j], &export.buffer)
+                self.arrays[j] = array
+                changed = True
+        return changed
+
+    cdef void *gradient(self, Table table, grad) except? NULL:
+        cdef View g
+        if type(grad) is not ndarray or grad.dtype is not self.dtype:
+            grad = check_gradient(label(self.index, self.param), self.data, grad)
+        PyObject_GetBuffer(grad, &self.grad, PyBUF_STRIDES)
+        self.holds_grad = True
+        take_view(&g, &self.grad)
+        if not same_shape(&self.p, &g):
+            check_gradient(label(self.index, self.param), self.data, grad)
+        if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0
+                and not table.will_be_written(g.data, self.grad.len)):
+            return g.data
+        if self.copy is None:
+            self.copy = np.empty_like(self.data)
+        np.copyto(self.copy, grad)
+        return (<Export>Export(self.copy)).buffer.buf  # the array outlives the step
+
+    cdef int commit(self, Table table, optimizer) except -1:
+        if table.counts_steps:
+            self.state["step"] = table.counts[self.slot]
+        if self.fresh and self.state:
+            optimizer.state[self.param] = self.state
+        return 0
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+cdef class Table:
+    """The buffers of one optimizer."""
+
+    def __cinit__(self):
+        self.rows, self.seen, self.plain, self.names, self.counts = [], [], [], [], []
+        self.gradient_factor = 1
+
+    def __dealloc__(self):
+        PyMem_Free(self.work)
+        PyMem_Free(self.numbers)
+        PyMem_Free(self.ranges)
+
+    def step(self, optimizer, list grads=None):
+        """One step of the optimizer's rule on every parameter that has a gradient: all of it, or an error and nothing.
+
+        grads, where given, stand for the parameters' own, in the order of the groups.
+        """
+        cdef Row row
+        if self.busy:
+            raise RuntimeError(f"{type(optimizer).__name__}.step() is already running in another thread")
+        self.busy = True
+        try:
+            self.collect(optimizer, grads)
+            with nogil:
+                sweep(self.work, self.count, self.numbers)
+            for row in self.rows:
+                if row.active:
+                    row.commit(self, optimizer)
+        finally:
+            self.release()
+            self.busy = False
+
+    cdef Row new_row(self):
+        return NumpyRow()
+
+    cdef int collect(self, optimizer, list grads) except -1:
+        """Fill the work of this step. Every check stands here: what follows cannot fail."""
+        cdef list groups = optimizer.param_groups, params
+        cdef Rule rule = optimizer.rule
+        cdef Py_ssize_t g, _i, step, last_step, k = 0
+        cdef bint changed = False
+        cdef void *gradient
+        cdef Row row
+        self.count = self.cost = 0
+        self.counts.clear()
+        self.counts_steps = optimizer.counts_steps
+        self.states = optimizer.state
+        if self.bind(optimizer, groups):
+            self.measure()
+        for g in range(len(groups)):
+            group = groups[g]
+            params = group["params"]
+            last_step = -1
+            for _i in range(len(params)):
+                row = self.rows[k]
+                grad = row.param.grad if grads is None else grads[k]
+                k += 1
+                row.active = grad is not None
+                if not row.active:
+                    continue
+                step = row.find_state(self, optimizer, group)
+                changed |= row.bind_state(<tuple>self.names[g])
+                if step != last_step:
+                    numbers = optimizer.scalars(self.plain[g], step)
+                    numbers["scale"] *= self.gradient_factor
+                    rule.pack(numbers, &self.numbers[len(self.counts)])
+                    self.counts.append(step)
+                    last_step = step
+                row.slot = len(self.counts) - 1
+        if changed:
+            self.measure()
+        for k in range(len(self.rows)):
+            row = self.rows[k]
+            if row.active:
+                gradient = row.gradient(self, row.param.grad if grads is None else grads[k])
+                if row.active:
+                    self.add(rule, row, gradient)
+        return 0
+
+    cdef bint bind(self, optimizer, list groups) except -1:
+        """Bring groups and rows up to date with what the user may have changed; whether a parameter lies elsewhere."""
+        cdef list params
+        cdef Py_ssize_t g, i, k = 0
+        cdef bint changed = False
+        for g in range(len(groups)):
+            group = groups[g]
+            if g >= len(self.seen) or not same_values(group, <dict>self.seen[g]):
+                optimizer.check_group(group)
+                self.seen[g:g + 1] = [dict(group)]
+                self.plain[g:g + 1] = [plain(group)]
+                self.names[g:g + 1] = [optimizer.state_streams(<dict>self.plain[g])]
+            params = group["params"]
+            for i in range(len(params)):
+                if k == len(self.rows):
+                    self.rows.append(self.new_row())
+                changed |= (<Row>self.rows[k]).bind(params[i], k)
+                k += 1
+        if k != len(self.rows):
+            del self.rows[k:]
+            changed = True
+        return changed
+
+    cdef int measure(self) except -1:
+        """Make room for all rows and note where lies what the step will write."""
+        cdef Py_ssize_t n = len(self.rows), i
+        cdef list ranges = []
+        for i in range(n):
+            (<Row>self.rows[i]).list_ranges(ranges)
+        ranges = self.disjoint(ranges)
+        if n > self.capacity:
+            self.work = <Work *>grown(self.work, n * sizeof(Work))
+            self.numbers = <Numbers *>grown(self.numbers, n * sizeof(Numbers))
+            self.ranges = <Range *>grown(self.ranges, n * (1 + STATES) * sizeof(Range))
+            self.capacity = n
+        self.n_ranges = len(ranges)
+        for i in range(self.n_ranges):
+            self.ranges[i].begin = <char *><size_t>ranges[i][0]
+            self.ranges[i].end = <char *><size_t>ranges[i][1]
+        return 0
+
+    cdef list disjoint(self, list ranges):
+        """The ranges in ascending order, no two in one place."""
+        return check_no_overlap(ranges)
+
+    cdef int add(self, Rule rule, Row row, void *gradient) except -1:
+        """Add a row to the work of this step."""
+        cdef Work *w = &self.work[self.count]
+        cdef int j
+        w.start = self.cost
+        w.size = row.p.size
+        w.slot = row.slot
+        w.is_double = row.p.itemsize == sizeof(double)
+        w.span32 = rule.span32
+        w.span64 = rule.span64
+        w.stream[0] = row.p.data
+        w.stream[1] = gradient
+        for j in range(STATES):
+            w.stream[2 + j] = row.s[j].data
+        self.count += 1
+        self.cost += w.size + ROW_COST
+        return 0
+
+    cdef bint will_be_written(self, const char *begin, Py_ssize_t length) noexcept:
+        """Whether a gradient shares memory with a parameter or state: copied then, since the sweep has no order."""
+        cdef Py_ssize_t low = 0, high = self.n_ranges, k
+        while low < high:  # the first range that ends beyond begin
+            k = (low + high) // 2
+            if self.ranges[k].end > begin:
+                high = k
+            else:
+                low = k + 1
+        return low < self.n_ranges and self.ranges[low].begin < begin + length
+
+    cdef int release(self) except -1:
+        """Let the gradients go."""
+        cdef NumpyRow row
+        for row in self.rows:
+            if row.holds_grad:
+                PyBuffer_Release(&row.grad)
+                row.holds_grad = False
+        return 0
+
+
+cdef bint same_values(dict group, dict seen) noexcept:
+    """Whether a group holds the values that were checked; one that may have changed inside counts as another."""
+    cdef Py_ssize_t position = 0
+    cdef PyObject *key
+    cdef PyObject *value
+    if len(group) != len(seen):
+        return False
+    while PyDict_Next(group, &position, &key, &value):
+        if PyDict_GetItemWithError(seen, <object>key) != value:
+            return False
+        if not immutable(<object>value) and <object>key not in ("params", "param_names"):
+            return False
+    return True
+
+
+cdef bint immutable(value) noexcept:
+    cdef object kind = type(value)
+    if kind is tuple:
+        for item in <tuple>value:
+            if not immutable(item):
+                return False
+        return True
+    return kind is float or kind is int or kind is bool or kind is str or value is None
+
+
+cdef void *grown(void *block, size_t size) except NULL:
+    block = PyMem_Realloc(block, size)
+    if block == NULL:
+        raise MemoryError(f"no {size} bytes for the table of parameters")
+    return block
