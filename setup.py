@@ -21,7 +21,7 @@ COMPILE_ARGS = EXACT + VECTOR + OPENMP
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
-MODULES = ["_engine", "_table", "_kernels", *LEVELS]
+MODULES = ["_engine", "_table", "torch._tensors", "_kernels", *LEVELS]
 
 DIRECTIVES = {
     "language_level": 3,
@@ -37,7 +37,7 @@ def extension(name: str) -> Extension:
     """The extension pyopt.<name>, against the limited API (abi3) of Python 3.11."""
     return Extension(
         f"pyopt.{name}",
-        [f"pyopt/{name}.pyx"],
+        [f"pyopt/{name.replace('.', '/')}.pyx"],
         define_macros=[("Py_LIMITED_API", "0x030b0000")],
         py_limited_api=True,
         extra_compile_args=[*LEVELS.get(name, BASELINE), *COMPILE_ARGS],

@@ -14,6 +14,7 @@ cdef struct View:  # what a step needs to know of an array
     Py_ssize_t size
 
 
+cdef char *end_of(const View *view) noexcept
 cdef bint same_shape(const View *a, const View *b) noexcept
 cdef bint same_order(const View *a, const View *b) noexcept
 
@@ -28,10 +29,11 @@ cdef class Row:
     cdef Py_ssize_t slot  # the numbers of its step, by its step count
     cdef bint active  # whether the table steps it this time
     cdef bint fresh  # whether its state is a new one
+    cdef object reason  # why this table cannot step it, None where it can
 
     cdef bint bind(self, param, Py_ssize_t index) except -1
     cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1
-    cdef bint bind_state(self, tuple names) except -1
+    cdef bint bind_state(self, Table table, tuple names) except -1
     cdef void *gradient(self, Table table, grad) except? NULL
     cdef int commit(self, Table table, optimizer) except -1
     cdef int list_ranges(self, list ranges) except -1
@@ -60,6 +62,7 @@ cdef class Table:
     cdef Row new_row(self)
     cdef int collect(self, optimizer, list grads) except -1
     cdef bint bind(self, optimizer, list groups) except -1
+    cdef int reserve(self, Py_ssize_t n) except -1
     cdef int measure(self) except -1
     cdef list disjoint(self, list ranges)
     cdef int add(self, Rule rule, Row row, void *gradient) except -1

@@ -40,6 +40,11 @@ cdef bint same_order(const View *a, const View *b) noexcept:
     return True
 
 
+cdef char *end_of(const View *view) noexcept:
+    """Behind the last element of a dense array."""
+    return view.data + view.size * view.itemsize
+
+
 cdef void take_view(View *view, const Py_buffer *buffer) noexcept:
     view.data = <char *>buffer.buf
     view.shape = <const int64_t *>buffer.shape
@@ -73,7 +78,7 @@ cdef class Row:
         """Find or make the state; the number of the step to come, 1 or 2 where the optimizer does not count."""
         raise NotImplementedError
 
-    cdef bint bind_state(self, tuple names) except -1:
+    cdef bint bind_state(self, Table table, tuple names) except -1:
         """Bring the views of the state up to date; whether an array of it lies elsewhere now."""
         raise NotImplementedError
 
@@ -86,14 +91,14 @@ cdef class Row:
         raise NotImplementedError
 
     cdef int list_ranges(self, list ranges) except -1:
-        """Append (begin, end, label) of all that a step writes."""
+        """Append (begin, end, label, index) of all that a step writes."""
         cdef int j
         what = label(self.index, self.param)
-        ranges.append((<size_t>self.p.data, <size_t>(self.p.data + self.p.size * self.p.itemsize), what))
+        ranges.append((<size_t>self.p.data, <size_t>end_of(&self.p), what, self.index))
         for j in range(STATES):
             if self.names is not None and self.names[j] is not None:
-                ranges.append((<size_t>self.s[j].data, <size_t>(self.s[j].data + self.s[j].size * self.s[j].itemsize),
-                               f"{what}: state {self.names[j]!r}"))
+                what_state = f"{what}: state {self.names[j]!r}"
+                ranges.append((<size_t>self.s[j].data, <size_t>end_of(&self.s[j]), what_state, self.index))
         return 0
 
 
@@ -142,7 +147,7 @@ cdef class NumpyRow(Row):
             check_count(f"{label(self.index, self.param)}: state 'step'", <object>step)
         return <Py_ssize_t><object>step + 1
 
-    cdef bint bind_state(self, tuple names) except -1:
+    cdef bint bind_state(self, Table table, tuple names) except -1:
         cdef PyObject *array
         cdef Export export
         cdef bint changed = False
@@ -229,28 +234,32 @@ cdef class Table:
         cdef list groups = optimizer.param_groups, params
         cdef Rule rule = optimizer.rule
         cdef Py_ssize_t g, _i, step, last_step, k = 0
-        cdef bint changed = False
+        cdef bint changed
+        cdef tuple names
         cdef void *gradient
         cdef Row row
         self.count = self.cost = 0
         self.counts.clear()
         self.counts_steps = optimizer.counts_steps
         self.states = optimizer.state
-        if self.bind(optimizer, groups):
-            self.measure()
+        changed = self.bind(optimizer, groups)
+        self.reserve(len(self.rows))
         for g in range(len(groups)):
             group = groups[g]
             params = group["params"]
+            names = self.names[g]
             last_step = -1
             for _i in range(len(params)):
                 row = self.rows[k]
                 grad = row.param.grad if grads is None else grads[k]
                 k += 1
-                row.active = grad is not None
+                row.active = grad is not None and names is not None and row.reason is None
                 if not row.active:
                     continue
                 step = row.find_state(self, optimizer, group)
-                changed |= row.bind_state(<tuple>self.names[g])
+                changed |= row.bind_state(self, names)
+                if not row.active:
+                    continue
                 if step != last_step:
                     numbers = optimizer.scalars(self.plain[g], step)
                     numbers["scale"] *= self.gradient_factor
@@ -291,18 +300,23 @@ cdef class Table:
             changed = True
         return changed
 
-    cdef int measure(self) except -1:
-        """Make room for all rows and note where lies what the step will write."""
-        cdef Py_ssize_t n = len(self.rows), i
-        cdef list ranges = []
-        for i in range(n):
-            (<Row>self.rows[i]).list_ranges(ranges)
-        ranges = self.disjoint(ranges)
+    cdef int reserve(self, Py_ssize_t n) except -1:
+        """Make room for n rows."""
         if n > self.capacity:
             self.work = <Work *>grown(self.work, n * sizeof(Work))
             self.numbers = <Numbers *>grown(self.numbers, n * sizeof(Numbers))
             self.ranges = <Range *>grown(self.ranges, n * (1 + STATES) * sizeof(Range))
             self.capacity = n
+        return 0
+
+    cdef int measure(self) except -1:
+        """Note where lies what the step will write."""
+        cdef Row row
+        cdef Py_ssize_t i
+        cdef list ranges = []
+        for row in self.rows:
+            row.list_ranges(ranges)
+        ranges = self.disjoint(ranges)
         self.n_ranges = len(ranges)
         for i in range(self.n_ranges):
             self.ranges[i].begin = <char *><size_t>ranges[i][0]

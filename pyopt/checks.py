@@ -62,10 +62,10 @@ def flag(name: str, value: Any) -> None:
 
 
 def plain(group: dict[str, Any]) -> dict[str, Any]:
-    """The hyper-parameters with NumPy scalars as Python numbers, so that what is computed of them is in double."""
+    """The hyper-parameters as Python numbers, so that what is computed of them is in double; torch's may be tensors."""
 
     def item(value: Any) -> Any:
-        return value.item() if isinstance(value, np.generic) else value
+        return value.item() if hasattr(value, "item") else value
 
     values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     return {k: tuple(map(item, v)) if isinstance(v, (tuple, list)) else item(v) for k, v in values.items()}

@@ -153,13 +153,13 @@ def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[An
         )
 
 
-Range = tuple[int, int, str]  # addresses, the end excluded, and what lies there
+Range = tuple[int, int, str, int]  # addresses, the end excluded; what lies there, and of which parameter
 
 
 def check_no_overlap(ranges: Iterable[Range]) -> list[Range]:
     """The ranges that are not empty, in ascending order; ValueError if two share memory."""
     ordered = sorted(r for r in ranges if r[0] < r[1])
-    for (begin, end, first), (other_begin, other_end, second) in pairwise(ordered):
+    for (begin, end, first, _), (other_begin, other_end, second, _) in pairwise(ordered):
         if other_begin < end:
             same = "the same array" if (begin, end) == (other_begin, other_end) else "overlapping memory"
             raise ValueError(f"{first} and {second} share {same}; each must have its own")
@@ -168,7 +168,7 @@ def check_no_overlap(ranges: Iterable[Range]) -> list[Range]:
 
 def parameter_ranges(params: Iterable[Parameter]) -> list[Range]:
     """Where parameters lie in memory."""
-    return [(*byte_bounds(p.data), label(i, p)) if p.data.size else (0, 0, "") for i, p in enumerate(params)]
+    return [(*byte_bounds(p.data), label(i, p), i) for i, p in enumerate(params) if p.data.size]
 
 
 def apart_from(ranges: list[Range], grad: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

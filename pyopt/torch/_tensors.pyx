@@ -1,0 +1,330 @@
+# Tensors as rows of the table.
+#
+# A tensor can change under the same object (p.data = x, p.set_()), so every one is looked at in every step: through the
+# DLPack C exchange API (torch >= 2.10), which takes nanoseconds, or data_ptr() and its kin. A row says in `reason` why
+# it must be left to torch; nothing that is looked at is kept beyond the step.
+
+from cpython.bytes cimport PyBytes_AsString
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.exc cimport PyErr_Clear
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from pyopt._engine cimport STATES
+from pyopt._table cimport Row, Table, View, end_of, same_order, same_shape
+
+from struct import pack
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from pyopt.parameter import label
+
+
+# The part of DLPack (https://dmlc.github.io/dlpack) that is used; its ABI is stable within a major version.
+cdef struct DLTensor:
+    void *data
+    int32_t device_type
+    int32_t device_id
+    int32_t ndim
+    uint8_t type_code
+    uint8_t type_bits
+    uint16_t type_lanes
+    int64_t *shape
+    int64_t *strides
+    uint64_t byte_offset
+
+
+cdef struct DLPackExchangeAPI:
+    uint32_t major
+    uint32_t minor
+    void *previous
+    void *managed_tensor_allocator
+    void *managed_tensor_from_py_object_no_sync
+    void *managed_tensor_to_py_object_no_sync
+    int (*dltensor_from_py_object_no_sync)(void *, DLTensor *) except? -1
+    void *current_work_stream
+
+
+cdef enum:
+    CPU = 1  # kDLCPU
+    FLOAT = 2  # kDLFloat
+
+
+cdef DLPackExchangeAPI *exchange = NULL
+
+
+def use_exchange_api(bint use):
+    """Look at tensors through torch's DLPack exchange API, or through data_ptr(); returns whether the API is used."""
+    global exchange
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None) if use else None
+    exchange = NULL
+    if capsule is not None:
+        exchange = <DLPackExchangeAPI *>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+        if exchange.major != 1 or exchange.dltensor_from_py_object_no_sync == NULL:
+            exchange = NULL
+    return exchange != NULL
+
+
+use_exchange_api(True)
+
+
+cdef bint is_dense(const View *v) noexcept:
+    """Whether the elements lie side by side, in any order of the axes."""
+    cdef int64_t expected = 1
+    cdef int i, j
+    for i in range(v.ndim - 1, -1, -1):
+        if v.shape[i] != 1 and v.strides[i] != expected:
+            break
+        expected *= v.shape[i]
+    else:
+        return True
+    if v.size == 0:
+        return True
+    # Each axis must continue where those of smaller strides end.
+    expected = 1
+    for i in range(v.ndim):
+        for j in range(v.ndim):
+            if v.shape[j] > 1 and v.strides[j] == expected:
+                expected *= v.shape[j]
+                break
+        else:
+            break
+    return expected == v.size
+
+
+cdef class TensorRow(Row):
+    """A parameter tensor."""
+    cdef list layouts  # shapes and strides behind the views, where they do not come from the exchange API
+    cdef char *begin[1 + STATES]  # where parameter and state lay at the last step
+    cdef char *end[1 + STATES]
+    cdef View step
+    cdef object copy  # a gradient in the parameter's memory order, where its own is another
+    cdef bint plain, shared  # shared: with another parameter's or state's memory
+
+    def __cinit__(self):
+        self.layouts = [None] * (3 + STATES)
+
+    cdef bint look(self, tensor, View *view, int place) except -1:
+        """Fill a view; whether it is a CPU tensor of float32 or float64."""
+        cdef DLTensor t
+        if exchange != NULL:
+            try:
+                exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t)
+            except (BufferError, RuntimeError):  # sparse, meta and other tensors without memory
+                return False
+            if t.device_type != CPU or t.type_code != FLOAT or t.type_lanes != 1 or t.type_bits not in (32, 64):
+                return False
+            view.data = <char *>t.data + t.byte_offset
+            view.shape, view.strides, view.ndim = t.shape, t.strides, t.ndim
+            view.itemsize = t.type_bits // 8
+        else:
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+                return False
+            if tensor.dtype is not torch.float32 and tensor.dtype is not torch.float64:
+                return False
+            view.ndim = tensor.dim()
+            layout = pack(f"{2 * view.ndim}q", *tensor.size(), *tensor.stride())
+            self.layouts[place] = layout
+            view.data = <char *><size_t>tensor.data_ptr()
+            view.shape = <const int64_t *>PyBytes_AsString(layout)
+            view.strides = view.shape + view.ndim
+            view.itemsize = tensor.element_size()
+        view.size = 1
+        for i in range(view.ndim):
+            view.size *= view.shape[i]
+        return True
+
+    cdef bint moved(self, int place, const View *view) noexcept:
+        """Whether what a step writes lies elsewhere than at the last step."""
+        cdef char *end = end_of(view)
+        cdef bint moved = view.data != self.begin[place] or end != self.end[place]
+        self.begin[place] = view.data
+        self.end[place] = end
+        return moved
+
+    cdef bint bind(self, param, Py_ssize_t index) except -1:
+        cdef bint moved
+        if param is not self.param:
+            self.param, self.index, self.copy = param, index, None
+            self.plain = type(param) is Parameter or type(param) is Tensor
+            self.shared = False
+        self.reason = self.names = None
+        if not self.plain:
+            self.reason = f"it is a {type(param).__name__}, not a plain tensor"
+        elif not self.look(param, &self.p, 0):
+            self.reason = f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
+        elif not is_dense(&self.p):
+            self.reason = f"its elements do not lie side by side: shape {tuple(param.shape)}, strides {param.stride()}"
+        if self.reason is not None:
+            moved = self.end[0] != NULL
+            self.end[0] = NULL
+            return moved
+        moved = self.moved(0, &self.p)
+        if moved and (param.is_inference() or param.is_neg()):
+            self.reason = "it is an inference tensor" if param.is_inference() else "its negative bit is set"
+            self.end[0] = NULL
+        elif self.shared:
+            self.reason = "it shares memory with another parameter"
+        return moved
+
+    cdef int leave(self, str reason) except -1:
+        """Leave this step to torch."""
+        self.reason = reason
+        self.active = False
+        self.names = None
+        return 0
+
+    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
+        cdef PyObject *found = PyDict_GetItemWithError(table.states, self.param)
+        cdef PyObject *step
+        self.fresh = found == NULL or not <object>found
+        if not self.fresh and not table.counts_steps:  # torch.optim.SGD writes None where there was no momentum
+            self.fresh = all(value is None for value in (<dict><object>found).values())
+        self.state = optimizer.new_state(self.param, group) if self.fresh else <object>found
+        if not table.counts_steps:
+            return 1 if self.fresh else 2
+        step = PyDict_GetItemWithError(self.state, "step")
+        if step == NULL or type(<object>step) is not Tensor or not self.look(<object>step, &self.step, 1):
+            self.leave("its state 'step' is no float tensor on the CPU")
+            return 1
+        if self.step.size != 1:
+            self.leave("its state 'step' has more than one element")
+            return 1
+        return <Py_ssize_t>self.count() + 1
+
+    cdef double count(self) noexcept:
+        return (<double *>self.step.data)[0] if self.step.itemsize == 8 else (<float *>self.step.data)[0]
+
+    cdef bint bind_state(self, Table table, tuple names) except -1:
+        cdef PyObject *array
+        cdef bint moved = False
+        cdef int j
+        if not self.active:
+            return False
+        self.names = names
+        for j in range(STATES):
+            self.s[j].data = NULL
+            if names[j] is None:
+                continue
+            array = PyDict_GetItemWithError(self.state, names[j])
+            if (array == NULL or type(<object>array) is not Tensor or not self.look(<object>array, &self.s[j], 2 + j)
+                    or self.s[j].itemsize != self.p.itemsize or not same_shape(&self.p, &self.s[j])
+                    or not same_order(&self.p, &self.s[j])):
+                self.leave(f"its state {names[j]!r} has not its dtype, shape and memory order")
+                return True
+            moved |= self.moved(1 + j, &self.s[j])
+        return moved
+
+    cdef void *gradient(self, Table table, grad) except? NULL:
+        cdef View g
+        if type(grad) is not Tensor:
+            self.leave(f"its gradient is a {type(grad).__name__}, not a plain tensor")
+            return NULL
+        if not self.look(grad, &g, 2 + STATES) or g.itemsize != self.p.itemsize:
+            self.leave(f"its gradient is a {describe(grad)} tensor")
+            return NULL
+        if not same_shape(&self.p, &g):
+            self.leave(f"its gradient has shape {tuple(grad.shape)}")
+            return NULL
+        if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0 and not grad.is_neg()
+                and not table.will_be_written(g.data, g.size * g.itemsize)):
+            return g.data
+        with torch.no_grad():
+            if self.copy is None or self.copy.stride() != self.param.stride() or self.copy.dtype != self.param.dtype:
+                self.copy = torch.empty_like(self.param)
+            self.copy.copy_(grad)
+        return <void *><size_t>self.copy.data_ptr()
+
+    cdef int commit(self, Table table, optimizer) except -1:
+        if table.counts_steps:
+            if self.step.itemsize == 8:
+                (<double *>self.step.data)[0] += 1
+            else:
+                (<float *>self.step.data)[0] += 1
+        if self.fresh and self.state:
+            optimizer.state[self.param].update(self.state)
+        return 0
+
+    cdef int list_ranges(self, list ranges) except -1:
+        if self.reason is None or self.shared:
+            Row.list_ranges(self, ranges)
+        return 0
+
+
+def describe(tensor):
+    """dtype, layout and device, as far as they are not the usual ones."""
+    words = [str(tensor.dtype).removeprefix("torch.")]
+    if tensor.layout is not torch.strided:
+        words.append(str(tensor.layout).removeprefix("torch.").replace("_", " "))
+    if tensor.device.type != "cpu":
+        words.append(tensor.device.type)
+    return " ".join(words)
+
+
+cdef class TensorTable(Table):
+    """The tensors of one torch optimizer."""
+
+    cdef Row new_row(self):
+        return TensorRow()
+
+    def step(self, optimizer, list grads=None, double factor=1):
+        """One step on all that pyopt covers, gradients multiplied by factor; the (group, parameter) left to torch."""
+        cdef Row row
+        self.gradient_factor = factor
+        Table.step(self, optimizer)
+        increment_version([row.param for row in self.rows if row.active])  # a stale graph raises, as with torch
+        return [pair for pair, reason in self.paths(optimizer) if reason is not None] if self.leaves() else []
+
+    cdef bint leaves(self) except -1:
+        cdef Row row
+        if None in self.names:
+            return True
+        for row in self.rows:
+            if row.reason is not None:
+                return True
+        return False
+
+    def paths(self, optimizer):
+        """As the last collect found them: ((group, parameter), why it is left to torch or None) with a gradient."""
+        cdef Py_ssize_t k = 0, g
+        cdef Row row
+        found = []
+        for g, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                row = self.rows[k]
+                k += 1
+                if param.grad is not None:
+                    reason = row.reason if self.names[g] is not None else optimizer.reason(group)
+                    found.append(((g, param), reason))
+        return found
+
+    def look(self, optimizer):
+        """What the next step would do with each parameter that has a gradient; nothing is changed."""
+        self.collect(optimizer, None)
+        return self.paths(optimizer)
+
+    cdef list disjoint(self, list ranges):
+        """The ranges in ascending order; parameters that share memory are left to torch, which goes one by one."""
+        cdef Py_ssize_t end = 0
+        cdef Row row
+        cdef list holders
+        for row in self.rows:
+            (<TensorRow>row).shared = False
+        ordered = sorted(r for r in ranges if r[0] < r[1])
+        last = None
+        for each in ordered:
+            if last is not None and each[0] < last[1]:
+                for k in (last[3], each[3]):
+                    row = self.rows[k]
+                    (<TensorRow>row).shared = True
+                    (<TensorRow>row).leave("it shares memory with another parameter")
+            if last is None or each[1] > last[1]:
+                last = each
+        return ordered
+
+    cdef int release(self) except -1:
+        return 0

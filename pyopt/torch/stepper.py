@@ -1,0 +1,159 @@
+"""The step of the torch optimizers: pyopt's table for what its kernels cover, torch's own step for the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+import pyopt
+from pyopt._engine import Rule
+from pyopt.torch._tensors import TensorTable
+
+Group = dict[str, Any]
+
+
+class Stepper:
+    """Mixin in front of a torch optimizer: its `step`, by the rule of the pyopt optimizer `core`.
+
+    Covered are dense float32 and float64 tensors on the CPU, with gradients of any memory order. What is not (sparse
+    gradients, complex and half precision, other devices, tensor subclasses, `differentiable=True`, parameters whose
+    elements do not lie side by side or that share memory) takes the for-loop of torch's own step, per parameter.
+    """
+
+    # What torch.amp.GradScaler asks for: it then hands over grad_scale and found_inf instead of writing the gradients.
+    _step_supports_amp_scaling = True
+
+    core: ClassVar[type[pyopt.Optimizer]]
+    rule: ClassVar[Rule | None]
+    counts_steps: ClassVar[bool]
+    state: Any
+    param_groups: list[Group]
+
+    def __init_subclass__(cls, core: type[pyopt.Optimizer] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if core is not None:
+            cls.core, cls.rule, cls.counts_steps = core, core.rule, core.counts_steps
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, once; returns what the closure returned, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf):
+            return loss
+        factor = 1.0 if grad_scale is None else float(torch.as_tensor(grad_scale, dtype=torch.float64).reciprocal())
+        left = self._rows().step(self, None, factor)
+        if left:
+            self._step_by_torch(left, factor)
+        return loss
+
+    def _rows(self) -> TensorTable:
+        table = self.__dict__.get("_table")
+        if table is None:  # torch's __getstate__ leaves it behind in copies
+            table = self.__dict__["_table"] = TensorTable()
+        return table
+
+    # --- what the table asks for --------------------------------------------------------------------------------------
+
+    def check_group(self, group: Group) -> None:
+        """torch checks in its constructors alone."""
+
+    def scalars(self, group: Group, step: int) -> dict[str, float]:
+        """The numbers of the rule; torch before 2.6 has no `decoupled_weight_decay` in its groups."""
+        group.setdefault("decoupled_weight_decay", self.core is pyopt.AdamW)
+        return self.core.scalars(self, group, step)  # type: ignore[arg-type]
+
+    @property
+    def state_names(self) -> Any:
+        return self.core.state_names
+
+    def state_streams(self, group: Group) -> tuple[str | None, ...] | None:
+        """The state behind each stream of the rule, None for a group that is left to torch."""
+        return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
+
+    @staticmethod
+    def reason(group: Group) -> str | None:
+        """Why a whole group is left to torch."""
+        return next((f"{key}=True" for key in ("differentiable", "capturable") if group.get(key)), None)
+
+    @torch.no_grad()
+    def new_state(self, p: torch.Tensor, group: Group) -> dict[str, Any]:
+        """The state of a parameter before its first step, as torch makes it."""
+        state: dict[str, Any] = {}
+        if self.counts_steps:
+            double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+        for name in filter(None, self.state_streams(group) or ()):
+            value = self.core.initial_value(self, name, group)  # type: ignore[arg-type]
+            state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
+        return state
+
+    # --- torch's own step ---------------------------------------------------------------------------------------------
+
+    def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+        """Torch's step on these parameters alone; on the CPU its for-loop, since its fused kernels ignore strides."""
+        subsets: dict[tuple[int, bool], list[torch.Tensor]] = defaultdict(list)
+        for index, p in left:
+            subsets[index, p.device.type == "cpu"].append(p)
+        groups = []
+        for (index, on_cpu), params in subsets.items():
+            group = {**self.param_groups[index], "params": params}
+            if on_cpu:
+                group.update({key: False for key in ("fused", "foreach") if key in group})
+            groups.append(group)
+        # The scale is pyopt's matter: torch's for-loop wants gradients without it.
+        hidden = {key: self.__dict__.pop(key) for key in ("grad_scale", "found_inf") if key in self.__dict__}
+        grads = {p: p.grad for _, p in left} if factor != 1 else {}
+        whole, self.param_groups = self.param_groups, groups
+        try:
+            for p, grad in grads.items():
+                p.grad = grad * factor if grad is not None else None
+            _torch_step(type(self))(self)
+        finally:
+            self.param_groups = whole
+            self.__dict__.update(hidden)
+            for p, grad in grads.items():
+                p.grad = grad
+
+
+def _torch_step(cls: type) -> Callable[..., Any]:
+    """The step of the torch class behind ours, without the hooks that torch wraps around it."""
+    base = next(base for base in cls.__mro__ if base.__module__.startswith("torch.") and "step" in vars(base))
+    step = vars(base)["step"]
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[no-any-return]
+
+
+def explain(optimizer: Stepper) -> None:
+    """Print per parameter whether the next step is pyopt's or torch's, and why.
+
+    Args:
+        optimizer: one of pyopt.torch; its parameters need their gradients.
+
+    Raises:
+        TypeError: an optimizer of another kind.
+
+    Example:
+        >>> import torch
+        >>> import pyopt.torch as optim
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> w.grad = torch.ones(3)
+        >>> optim.explain(optim.SGD([("weight", w)]))
+        weight  (3,)  float32  pyopt
+    """
+    if not isinstance(optimizer, Stepper):
+        raise TypeError(f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, must be pyopt.torch's")
+    paths = {(g, id(p)): reason for (g, p), reason in optimizer._rows().look(optimizer)}
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            name = group["param_names"][i] if "param_names" in group else f"group {g}, parameter {i}"
+            if p.grad is None:
+                path = "left alone: it has no gradient"
+            else:
+                reason = paths[g, id(p)]
+                path = "pyopt" if reason is None else f"torch: {reason}"
+            print(f"{name}  {tuple(p.shape)}  {str(p.dtype).removeprefix('torch.')}  {path}")
