@@ -1,5 +1,6 @@
 # The table and its rows, for the tables of other kinds of arrays (pyopt/torch).
 
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 
 from pyopt._engine cimport STATES, Numbers, Rule, Work
@@ -21,6 +22,7 @@ cdef bint same_order(const View *a, const View *b) noexcept
 
 cdef class Row:
     cdef object param
+    cdef object grad  # this step's, from the first look until its pointer is taken
     cdef dict state  # its entry of optimizer.state, or the new one that will become it
     cdef tuple names  # of the state behind each stream, None where the options need none
     cdef View p
@@ -34,7 +36,7 @@ cdef class Row:
     cdef bint bind(self, param, Py_ssize_t index) except -1
     cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1
     cdef bint bind_state(self, Table table, tuple names) except -1
-    cdef void *gradient(self, Table table, grad) except? NULL
+    cdef void *take_gradient(self, Table table) except? NULL
     cdef int commit(self, Table table, optimizer) except -1
     cdef int list_ranges(self, list ranges) except -1
 
@@ -53,12 +55,14 @@ cdef class Table:
     cdef double gradient_factor
     cdef bint counts_steps
     cdef object states  # optimizer.state
+    cdef Py_ssize_t cursor  # how far find_state has come in it
     cdef Work *work
     cdef Numbers *numbers
     cdef Range *ranges  # where parameters and state lie, in ascending order
     cdef Py_ssize_t capacity, count, cost, n_ranges
     cdef bint busy
 
+    cdef PyObject *state_of(self, param) except? NULL
     cdef Row new_row(self)
     cdef int collect(self, optimizer, list grads) except -1
     cdef bint bind(self, optimizer, list groups) except -1

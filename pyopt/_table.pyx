@@ -82,7 +82,7 @@ cdef class Row:
         """Bring the views of the state up to date; whether an array of it lies elsewhere now."""
         raise NotImplementedError
 
-    cdef void *gradient(self, Table table, grad) except? NULL:
+    cdef void *take_gradient(self, Table table) except? NULL:
         """The elements of the gradient in the memory order of the parameter."""
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ cdef class NumpyRow(Row):
     cdef list state_exports
     cdef PyObject *arrays[STATES]  # held by state_exports, kept to be compared
     cdef object copy  # a gradient in the parameter's memory order, where its own is another
-    cdef Py_buffer grad  # let go at the end of the step
+    cdef Py_buffer grad_buffer  # let go at the end of the step
     cdef bint holds_grad
 
     def __cinit__(self):
@@ -131,7 +131,7 @@ cdef class NumpyRow(Row):
         return True
 
     cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
-        cdef PyObject *found = PyDict_GetItemWithError(table.states, self.param)
+        cdef PyObject *found = table.state_of(self.param)
         cdef PyObject *step
         self.fresh = found == NULL or not <object>found
         if self.fresh:
@@ -167,17 +167,18 @@ cdef class NumpyRow(Row):
                 changed = True
         return changed
 
-    cdef void *gradient(self, Table table, grad) except? NULL:
+    cdef void *take_gradient(self, Table table) except? NULL:
         cdef View g
+        grad, self.grad = self.grad, None
         if type(grad) is not ndarray or grad.dtype is not self.dtype:
             grad = check_gradient(label(self.index, self.param), self.data, grad)
-        PyObject_GetBuffer(grad, &self.grad, PyBUF_STRIDES)
+        PyObject_GetBuffer(grad, &self.grad_buffer, PyBUF_STRIDES)
         self.holds_grad = True
-        take_view(&g, &self.grad)
+        take_view(&g, &self.grad_buffer)
         if not same_shape(&self.p, &g):
             check_gradient(label(self.index, self.param), self.data, grad)
         if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0
-                and not table.will_be_written(g.data, self.grad.len)):
+                and not table.will_be_written(g.data, self.grad_buffer.len)):
             return g.data
         if self.copy is None:
             self.copy = np.empty_like(self.data)
@@ -226,6 +227,16 @@ cdef class Table:
             self.release()
             self.busy = False
 
+    cdef PyObject *state_of(self, param) except? NULL:
+        """The entry of optimizer.state, NULL if there is none; without a hash where they stand in the rows' order."""
+        cdef Py_ssize_t next = self.cursor
+        cdef PyObject *key
+        cdef PyObject *value
+        if PyDict_Next(self.states, &next, &key, &value) and key == <PyObject *>param:
+            self.cursor = next
+            return value
+        return PyDict_GetItemWithError(self.states, param)
+
     cdef Row new_row(self):
         return NumpyRow()
 
@@ -238,7 +249,7 @@ cdef class Table:
         cdef tuple names
         cdef void *gradient
         cdef Row row
-        self.count = self.cost = 0
+        self.count = self.cost = self.cursor = 0
         self.counts.clear()
         self.counts_steps = optimizer.counts_steps
         self.states = optimizer.state
@@ -251,9 +262,9 @@ cdef class Table:
             last_step = -1
             for _i in range(len(params)):
                 row = self.rows[k]
-                grad = row.param.grad if grads is None else grads[k]
+                row.grad = row.param.grad if grads is None else grads[k]
                 k += 1
-                row.active = grad is not None and names is not None and row.reason is None
+                row.active = row.grad is not None and names is not None and row.reason is None
                 if not row.active:
                     continue
                 step = row.find_state(self, optimizer, group)
@@ -272,7 +283,7 @@ cdef class Table:
         for k in range(len(self.rows)):
             row = self.rows[k]
             if row.active:
-                gradient = row.gradient(self, row.param.grad if grads is None else grads[k])
+                gradient = row.take_gradient(self)
                 if row.active:
                     self.add(rule, row, gradient)
         return 0
@@ -360,8 +371,9 @@ cdef class Table:
         """Let the gradients go."""
         cdef NumpyRow row
         for row in self.rows:
+            row.grad = None
             if row.holds_grad:
-                PyBuffer_Release(&row.grad)
+                PyBuffer_Release(&row.grad_buffer)
                 row.holds_grad = False
         return 0
 

@@ -7,7 +7,7 @@
 from cpython.bytes cimport PyBytes_AsString
 from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_Clear
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyObject_CallFunctionObjArgs
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -45,8 +45,11 @@ cdef struct DLPackExchangeAPI:
     void *managed_tensor_allocator
     void *managed_tensor_from_py_object_no_sync
     void *managed_tensor_to_py_object_no_sync
-    int (*dltensor_from_py_object_no_sync)(void *, DLTensor *) except? -1
+    int (*dltensor_from_py_object_no_sync)(void *, DLTensor *) noexcept
     void *current_work_stream
+
+
+cdef object is_neg = Tensor.is_neg
 
 
 cdef enum:
@@ -112,9 +115,8 @@ cdef class TensorRow(Row):
         """Fill a view; whether it is a CPU tensor of float32 or float64."""
         cdef DLTensor t
         if exchange != NULL:
-            try:
-                exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t)
-            except (BufferError, RuntimeError):  # sparse, meta and other tensors without memory
+            if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
+                PyErr_Clear()  # sparse, meta and other tensors without memory
                 return False
             if t.device_type != CPU or t.type_code != FLOAT or t.type_lanes != 1 or t.type_bits not in (32, 64):
                 return False
@@ -179,7 +181,7 @@ cdef class TensorRow(Row):
         return 0
 
     cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
-        cdef PyObject *found = PyDict_GetItemWithError(table.states, self.param)
+        cdef PyObject *found = table.state_of(self.param)
         cdef PyObject *step
         self.fresh = found == NULL or not <object>found
         if not self.fresh and not table.counts_steps:  # torch.optim.SGD writes None where there was no momentum
@@ -219,8 +221,9 @@ cdef class TensorRow(Row):
             moved |= self.moved(1 + j, &self.s[j])
         return moved
 
-    cdef void *gradient(self, Table table, grad) except? NULL:
+    cdef void *take_gradient(self, Table table) except? NULL:
         cdef View g
+        grad, self.grad = self.grad, None
         if type(grad) is not Tensor:
             self.leave(f"its gradient is a {type(grad).__name__}, not a plain tensor")
             return NULL
@@ -230,7 +233,8 @@ cdef class TensorRow(Row):
         if not same_shape(&self.p, &g):
             self.leave(f"its gradient has shape {tuple(grad.shape)}")
             return NULL
-        if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0 and not grad.is_neg()
+        if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0
+                and PyObject_CallFunctionObjArgs(is_neg, <PyObject *>grad, NULL) is False
                 and not table.will_be_written(g.data, g.size * g.itemsize)):
             return g.data
         with torch.no_grad():
@@ -327,4 +331,7 @@ cdef class TensorTable(Table):
         return ordered
 
     cdef int release(self) except -1:
+        cdef Row row
+        for row in self.rows:
+            row.grad = None
         return 0
