@@ -38,7 +38,8 @@ cdef inline floating l2(floating g, floating p, double weight_decay) noexcept no
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
-# scale is the factor of the gradient: -1 to maximize, 1 / loss scale. decay is the factor 1 - lr * weight_decay where the decay is decoupled, else 1.
+# scale is the factor of the gradient: -1 to maximize, 1 / loss scale. decay is the factor 1 - lr * weight_decay where
+# the decay is decoupled, else 1.
 
 ctypedef struct SGD:
     double lr, momentum, undamped, weight_decay, scale  # undamped = 1 - dampening

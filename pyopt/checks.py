@@ -51,7 +51,7 @@ def count(name: str, value: Any) -> None:
     """An integer >= 0 that fits into 63 bits."""
     if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} == {value!r}, must be an int, not {type(value).__name__}")
-    if not 0 <= value < 2**63 - 1:
+    if not 0 <= int(value) < 2**63 - 1:
         raise ValueError(f"{name} == {value!r}, must be >= 0 and < 2**63 - 1")
 
 

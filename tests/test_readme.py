@@ -6,12 +6,17 @@ import doctest
 import importlib
 import pkgutil
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pyopt
+import pyopt.optimizers
+
+if find_spec("torch"):
+    import pyopt.torch
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
 
@@ -21,9 +26,15 @@ def test_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert np.allclose(eval(re.sub(r"(\.)?\s+", r"\1,", capsys.readouterr().out.strip())), [1, 2, 3], atol=0.1)
 
 
+def test_torch_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    exec(BLOCKS[1], {})
+    assert capsys.readouterr().out.count("  pyopt\n") == 2
+
+
 def test_own_optimizer() -> None:
     names: dict = {}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     p = pyopt.Parameter(np.ones(2), grad=np.array([3.0, -4.0]))
     optimizer = names["SignSGD"]([p], lr=0.25)
     optimizer.step()
@@ -31,13 +42,12 @@ def test_own_optimizer() -> None:
     assert np.allclose(optimizer.state_dict()["state"][0]["momentum_buffer"], [0.3, -0.4])
 
 
-MODULES = [m.name for m in pkgutil.walk_packages(pyopt.__path__, "pyopt.") if "__" not in m.name]
+PACKAGES = [pyopt, pyopt.optimizers] + ([pyopt.torch] if find_spec("torch") else [])
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [m.name for p in PACKAGES for m in pkgutil.iter_modules(p.__path__, f"{p.__name__}.")])
 def test_docstring_examples(name: str) -> None:
-    if name.startswith("pyopt._kernels_v"):
-        return
-    module = importlib.import_module(name)
-    result = doctest.testmod(module, extraglobs={"np": np})
+    if name.rpartition(".")[2].startswith("_"):
+        return  # compiled, or private
+    result = doctest.testmod(importlib.import_module(name), extraglobs={"np": np})
     assert not result.failed

@@ -21,8 +21,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from pyopt.parameter import label
-
 
 # The part of DLPack (https://dmlc.github.io/dlpack) that is used; its ABI is stable within a major version.
 cdef struct DLTensor:
@@ -114,6 +112,7 @@ cdef class TensorRow(Row):
     cdef bint look(self, tensor, View *view, int place) except -1:
         """Fill a view; whether it is a CPU tensor of float32 or float64."""
         cdef DLTensor t
+        cdef int axis
         if exchange != NULL:
             if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
                 PyErr_Clear()  # sparse, meta and other tensors without memory
@@ -136,9 +135,9 @@ cdef class TensorRow(Row):
             view.strides = view.shape + view.ndim
             view.itemsize = tensor.element_size()
         view.size = 1
-        for i in range(view.ndim):
-            view.size *= view.shape[i]
-        return True
+        for axis in range(view.ndim):
+            view.size *= view.shape[axis]
+        return view.data != NULL or view.size == 0  # gradients that are known to be zero have no memory
 
     cdef bint moved(self, int place, const View *view) noexcept:
         """Whether what a step writes lies elsewhere than at the last step."""
@@ -313,9 +312,7 @@ cdef class TensorTable(Table):
 
     cdef list disjoint(self, list ranges):
         """The ranges in ascending order; parameters that share memory are left to torch, which goes one by one."""
-        cdef Py_ssize_t end = 0
         cdef Row row
-        cdef list holders
         for row in self.rows:
             (<TensorRow>row).shared = False
         ordered = sorted(r for r in ranges if r[0] < r[1])

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 import pyopt
+from pyopt.checks import plain
 from pyopt.torch.stepper import Stepper
 
 
 class SGD(Stepper, torch.optim.SGD, core=pyopt.SGD):
-    __doc__ = torch.optim.SGD.__doc__
+    """torch.optim.SGD, its arguments, state and errors, with the step of pyopt.SGD."""
 
 
 class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
-    """pyopt.Lion for tensors; torch has none, so what the kernels do not cover is an error here.
+    """pyopt.Lion for tensors. torch has none: what the kernels do not cover takes the loop below.
 
     Args:
         params: as for every torch optimizer.
@@ -24,7 +25,7 @@ class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
 
     Raises:
         ValueError, TypeError: a hyper-parameter out of its bounds.
-        NotImplementedError: at the step, for a parameter that pyopt does not cover (see explain).
+        RuntimeError: at the step, for a sparse gradient.
 
     Example:
         >>> import torch
@@ -50,21 +51,35 @@ class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
             check(name, defaults[name])
         super().__init__(params, defaults)
 
+    @torch.no_grad()
     def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
-        raise NotImplementedError(f"Lion does not cover {len(left)} of the parameters: see pyopt.torch.explain")
+        for index, p in left:
+            assert p.grad is not None
+            if p.grad.is_sparse:
+                raise RuntimeError("Lion does not support sparse gradients")
+            h = plain(self.param_groups[index])
+            beta1, beta2 = h["betas"]
+            g = p.grad * (-factor if h["maximize"] else factor)
+            state = self.state[p]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            m = state["exp_avg"]
+            direction = (beta1 * m + (1 - beta1) * g).sign()
+            p.mul_(1 - h["lr"] * h["weight_decay"]).sub_(direction, alpha=h["lr"])
+            m.mul_(beta2).add_(g, alpha=1 - beta2)
 
 
 class Adagrad(Stepper, torch.optim.Adagrad, core=pyopt.Adagrad):
-    __doc__ = torch.optim.Adagrad.__doc__
+    """torch.optim.Adagrad, its arguments, state and errors, with the step of pyopt.Adagrad."""
 
 
 class RMSprop(Stepper, torch.optim.RMSprop, core=pyopt.RMSprop):
-    __doc__ = torch.optim.RMSprop.__doc__
+    """torch.optim.RMSprop, its arguments, state and errors, with the step of pyopt.RMSprop."""
 
 
 class Adam(Stepper, torch.optim.Adam, core=pyopt.Adam):
-    __doc__ = torch.optim.Adam.__doc__
+    """torch.optim.Adam, its arguments, state and errors, with the step of pyopt.Adam."""
 
 
 class AdamW(Stepper, torch.optim.AdamW, core=pyopt.AdamW):
-    __doc__ = torch.optim.AdamW.__doc__
+    """torch.optim.AdamW, its arguments, state and errors, with the step of pyopt.AdamW."""

@@ -107,7 +107,9 @@ class Stepper:
                 group.update({key: False for key in ("fused", "foreach") if key in group})
             groups.append(group)
         # The scale is pyopt's matter: torch's for-loop wants gradients without it.
-        hidden = {key: self.__dict__.pop(key) for key in ("grad_scale", "found_inf") if key in self.__dict__}
+        hidden: dict[str, Any] = {
+            key: self.__dict__.pop(key) for key in ("grad_scale", "found_inf") if key in self.__dict__
+        }
         grads = {p: p.grad for _, p in left} if factor != 1 else {}
         whole, self.param_groups = self.param_groups, groups
         try:
@@ -146,7 +148,7 @@ def explain(optimizer: Stepper) -> None:
         weight  (3,)  float32  pyopt
     """
     if not isinstance(optimizer, Stepper):
-        raise TypeError(f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, must be pyopt.torch's")
+        raise TypeError(f"optimizer is a {type(optimizer).__module__} optimizer, must be one of pyopt.torch")
     paths = {(g, id(p)): reason for (g, p), reason in optimizer._rows().look(optimizer)}
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
