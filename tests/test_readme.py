@@ -28,13 +28,13 @@ def test_loop(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_torch_loop(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    exec(BLOCKS[1], {})
+    exec(BLOCKS[2], {})
     assert capsys.readouterr().out.count("  pyopt\n") == 2
 
 
 def test_own_optimizer() -> None:
     names: dict = {}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[1], names)
     p = pyopt.Parameter(np.ones(2), grad=np.array([3.0, -4.0]))
     optimizer = names["SignSGD"]([p], lr=0.25)
     optimizer.step()
