@@ -76,7 +76,7 @@ use_exchange_api(True)
 cdef bint is_dense(const View *v) noexcept:
     """Whether the elements lie side by side, in any order of the axes."""
     cdef int64_t expected = 1
-    cdef int i, j
+    cdef int i, _i, j
     for i in range(v.ndim - 1, -1, -1):
         if v.shape[i] != 1 and v.strides[i] != expected:
             break
@@ -87,7 +87,7 @@ cdef bint is_dense(const View *v) noexcept:
         return True
     # Each axis must continue where those of smaller strides end.
     expected = 1
-    for i in range(v.ndim):
+    for _i in range(v.ndim):
         for j in range(v.ndim):
             if v.shape[j] > 1 and v.strides[j] == expected:
                 expected *= v.shape[j]
