@@ -54,6 +54,7 @@ cdef class Table:
     cdef list counts  # per slot, a set of numbers of this step: the step count that it is for
     cdef double gradient_factor
     cdef bint counts_steps
+    cdef bint stateless  # whether the rule keeps nothing with the options of the group at hand
     cdef object states  # optimizer.state
     cdef Py_ssize_t cursor  # how far find_state has come in it
     cdef Work *work

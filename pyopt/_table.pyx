@@ -135,7 +135,7 @@ cdef class NumpyRow(Row):
         cdef PyObject *step
         self.fresh = found == NULL or not <object>found
         if self.fresh:
-            self.state = optimizer.new_state(self.param, group)
+            self.state = {} if table.stateless else optimizer.new_state(self.param, group)
         else:
             self.state = <object>found
         if not table.counts_steps:
@@ -259,6 +259,7 @@ cdef class Table:
             group = groups[g]
             params = group["params"]
             names = self.names[g]
+            self.stateless = not self.counts_steps and names == (None,) * STATES
             last_step = -1
             for _i in range(len(params)):
                 row = self.rows[k]

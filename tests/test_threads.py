@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 import pyopt
 from pyopt import threads
@@ -70,7 +71,6 @@ def test_cgroup_quota(tmp_path: Path, cgroup: str, files: dict[str, str], expect
 
 
 def test_threadpoolctl_sees_and_limits() -> None:
-    threadpoolctl = pytest.importorskip("threadpoolctl")
     assert any(info["user_api"] == "openmp" for info in threadpoolctl.threadpool_info())
     with pyopt.num_threads(2):
         with threadpoolctl.threadpool_limits(1, user_api="openmp"):

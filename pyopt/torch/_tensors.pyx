@@ -185,7 +185,10 @@ cdef class TensorRow(Row):
         self.fresh = found == NULL or not <object>found
         if not self.fresh and not table.counts_steps:  # torch.optim.SGD writes None where there was no momentum
             self.fresh = all(value is None for value in (<dict><object>found).values())
-        self.state = optimizer.new_state(self.param, group) if self.fresh else <object>found
+        if self.fresh:
+            self.state = {} if table.stateless else optimizer.new_state(self.param, group)
+        else:
+            self.state = <object>found
         if not table.counts_steps:
             return 1 if self.fresh else 2
         step = PyDict_GetItemWithError(self.state, "step")
