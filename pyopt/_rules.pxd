@@ -86,7 +86,7 @@ cdef inline floating rmsprop(floating p, floating g, floating* s, floating* b, f
         a[0] = lerp(a[0], g, h.weight)
         d = d - a[0] * a[0]
     d = root(d) + <floating>h.eps
-    if h.momentum != 0:
+    if h.momentum > 0:
         b[0] = b[0] * <floating>h.momentum + g / d
         return p - <floating>h.lr * b[0]
     return p - <floating>h.lr * g / d

@@ -67,6 +67,7 @@ cdef class Table:
     cdef Row new_row(self)
     cdef int collect(self, optimizer, list grads) except -1
     cdef bint bind(self, optimizer, list groups) except -1
+    cdef int before_sweep(self, optimizer) except -1
     cdef int reserve(self, Py_ssize_t n) except -1
     cdef int measure(self) except -1
     cdef list disjoint(self, list ranges)

@@ -218,6 +218,7 @@ cdef class Table:
         self.busy = True
         try:
             self.collect(optimizer, grads)
+            self.before_sweep(optimizer)
             with nogil:
                 sweep(self.work, self.count, self.numbers)
             for row in self.rows:
@@ -226,6 +227,10 @@ cdef class Table:
         finally:
             self.release()
             self.busy = False
+
+    cdef int before_sweep(self, optimizer) except -1:
+        """What must come first because it can still fail."""
+        return 0
 
     cdef PyObject *state_of(self, param) except? NULL:
         """The entry of optimizer.state, NULL if there is none; without a hash where they stand in the rows' order."""

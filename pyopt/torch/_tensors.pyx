@@ -47,7 +47,14 @@ cdef struct DLPackExchangeAPI:
     void *current_work_stream
 
 
+cdef object tensor_type = Tensor
+cdef object parameter_type = Parameter
 cdef object is_neg = Tensor.is_neg
+
+
+cdef bint not_negated(tensor) except -1:
+    """Whether the memory holds the numbers, not their negatives as in x.conj().imag."""
+    return PyObject_CallFunctionObjArgs(is_neg, <PyObject *>tensor, NULL) is False
 
 
 cdef enum:
@@ -104,7 +111,7 @@ cdef class TensorRow(Row):
     cdef char *end[1 + STATES]
     cdef View step
     cdef object copy  # a gradient in the parameter's memory order, where its own is another
-    cdef bint plain, shared  # shared: with another parameter's or state's memory
+    cdef bint shared  # with another parameter's or state's memory
 
     def __cinit__(self):
         self.layouts = [None] * (3 + STATES)
@@ -151,10 +158,9 @@ cdef class TensorRow(Row):
         cdef bint moved
         if param is not self.param:
             self.param, self.index, self.copy = param, index, None
-            self.plain = type(param) is Parameter or type(param) is Tensor
             self.shared = False
         self.reason = self.names = None
-        if not self.plain:
+        if type(param) is not parameter_type and type(param) is not tensor_type:
             self.reason = f"it is a {type(param).__name__}, not a plain tensor"
         elif not self.look(param, &self.p, 0):
             self.reason = f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
@@ -165,7 +171,7 @@ cdef class TensorRow(Row):
             self.end[0] = NULL
             return moved
         moved = self.moved(0, &self.p)
-        if moved and (param.is_inference() or param.is_neg()):
+        if not not_negated(param) or moved and param.is_inference():
             self.reason = "it is an inference tensor" if param.is_inference() else "its negative bit is set"
             self.end[0] = NULL
         elif self.shared:
@@ -192,7 +198,7 @@ cdef class TensorRow(Row):
         if not table.counts_steps:
             return 1 if self.fresh else 2
         step = PyDict_GetItemWithError(self.state, "step")
-        if step == NULL or type(<object>step) is not Tensor or not self.look(<object>step, &self.step, 1):
+        if step == NULL or type(<object>step) is not tensor_type or not self.look(<object>step, &self.step, 1):
             self.leave("its state 'step' is no float tensor on the CPU")
             return 1
         if self.step.size != 1:
@@ -215,10 +221,10 @@ cdef class TensorRow(Row):
             if names[j] is None:
                 continue
             array = PyDict_GetItemWithError(self.state, names[j])
-            if (array == NULL or type(<object>array) is not Tensor or not self.look(<object>array, &self.s[j], 2 + j)
-                    or self.s[j].itemsize != self.p.itemsize or not same_shape(&self.p, &self.s[j])
+            if (array == NULL or type(<object>array) is not tensor_type
+                    or not self.look(<object>array, &self.s[j], 2 + j) or self.s[j].itemsize != self.p.itemsize or not same_shape(&self.p, &self.s[j])
                     or not same_order(&self.p, &self.s[j])):
-                self.leave(f"its state {names[j]!r} has not its dtype, shape and memory order")
+                self.leave(f"its state {names[j]!r} is of another dtype, shape or memory order")
                 return True
             moved |= self.moved(1 + j, &self.s[j])
         return moved
@@ -226,7 +232,7 @@ cdef class TensorRow(Row):
     cdef void *take_gradient(self, Table table) except? NULL:
         cdef View g
         grad, self.grad = self.grad, None
-        if type(grad) is not Tensor:
+        if type(grad) is not tensor_type:
             self.leave(f"its gradient is a {type(grad).__name__}, not a plain tensor")
             return NULL
         if not self.look(grad, &g, 2 + STATES) or g.itemsize != self.p.itemsize:
@@ -236,7 +242,7 @@ cdef class TensorRow(Row):
             self.leave(f"its gradient has shape {tuple(grad.shape)}")
             return NULL
         if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0
-                and PyObject_CallFunctionObjArgs(is_neg, <PyObject *>grad, NULL) is False
+                and not_negated(grad)
                 and not table.will_be_written(g.data, g.size * g.itemsize)):
             return g.data
         with torch.no_grad():
@@ -278,12 +284,18 @@ cdef class TensorTable(Table):
         return TensorRow()
 
     def step(self, optimizer, list grads=None, double factor=1):
-        """One step on all that pyopt covers, gradients multiplied by factor; the (group, parameter) left to torch."""
+        """One step, gradients multiplied by factor: torch's on what pyopt does not cover, then pyopt's."""
         cdef Row row
         self.gradient_factor = factor
         Table.step(self, optimizer)
         increment_version([row.param for row in self.rows if row.active])  # a stale graph raises, as with torch
-        return [pair for pair, reason in self.paths(optimizer) if reason is not None] if self.leaves() else []
+
+    cdef int before_sweep(self, optimizer) except -1:
+        if self.leaves():
+            left = [pair for pair, reason in self.paths(optimizer) if reason is not None]
+            if left:
+                optimizer.step_by_torch(left, self.gradient_factor)
+        return 0
 
     cdef bint leaves(self) except -1:
         cdef Row row

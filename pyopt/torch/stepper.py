@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.parameter import is_lazy
 
 import pyopt
 from pyopt._engine import Rule
@@ -47,9 +48,7 @@ class Stepper:
         if found_inf is not None and float(found_inf):
             return loss
         factor = 1.0 if grad_scale is None else float(torch.as_tensor(grad_scale, dtype=torch.float64).reciprocal())
-        left = self._rows().step(self, None, factor)
-        if left:
-            self._step_by_torch(left, factor)
+        self._rows().step(self, None, factor)
         return loss
 
     def _rows(self) -> TensorTable:
@@ -95,7 +94,7 @@ class Stepper:
 
     # --- torch's own step ---------------------------------------------------------------------------------------------
 
-    def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+    def step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
         """Torch's step on these parameters alone; on the CPU its for-loop, since its fused kernels ignore strides."""
         subsets: dict[tuple[int, bool], list[torch.Tensor]] = defaultdict(list)
         for index, p in left:
@@ -158,4 +157,5 @@ def explain(optimizer: Stepper) -> None:
             else:
                 reason = paths[g, id(p)]
                 path = "pyopt" if reason is None else f"torch: {reason}"
-            print(f"{name}  {tuple(p.shape)}  {str(p.dtype).removeprefix('torch.')}  {path}")
+            shape = "uninitialized" if is_lazy(p) else tuple(p.shape)
+            print(f"{name}  {shape}  {str(p.dtype).removeprefix('torch.')}  {path}")
