@@ -222,8 +222,8 @@ cdef class TensorRow(Row):
                 continue
             array = PyDict_GetItemWithError(self.state, names[j])
             if (array == NULL or type(<object>array) is not tensor_type
-                    or not self.look(<object>array, &self.s[j], 2 + j) or self.s[j].itemsize != self.p.itemsize or not same_shape(&self.p, &self.s[j])
-                    or not same_order(&self.p, &self.s[j])):
+                    or not self.look(<object>array, &self.s[j], 2 + j) or self.s[j].itemsize != self.p.itemsize
+                    or not same_shape(&self.p, &self.s[j]) or not same_order(&self.p, &self.s[j])):
                 self.leave(f"its state {names[j]!r} is of another dtype, shape or memory order")
                 return True
             moved |= self.moved(1 + j, &self.s[j])
@@ -292,7 +292,7 @@ cdef class TensorTable(Table):
 
     cdef int before_sweep(self, optimizer) except -1:
         if self.leaves():
-            left = [pair for pair, reason in self.paths(optimizer) if reason is not None]
+            left = [(g, p) for g, p, reason in self.paths(optimizer) if reason is not None and p.grad is not None]
             if left:
                 optimizer.step_by_torch(left, self.gradient_factor)
         return 0
@@ -307,7 +307,7 @@ cdef class TensorTable(Table):
         return False
 
     def paths(self, optimizer):
-        """As the last collect found them: ((group, parameter), why it is left to torch or None) with a gradient."""
+        """As the last collect found them: per row (group, parameter, why it is left to torch or None)."""
         cdef Py_ssize_t k = 0, g
         cdef Row row
         found = []
@@ -315,13 +315,11 @@ cdef class TensorTable(Table):
             for param in group["params"]:
                 row = self.rows[k]
                 k += 1
-                if param.grad is not None:
-                    reason = row.reason if self.names[g] is not None else optimizer.reason(group)
-                    found.append(((g, param), reason))
+                found.append((g, param, row.reason if self.names[g] is not None else optimizer.reason(group)))
         return found
 
     def look(self, optimizer):
-        """What the next step would do with each parameter that has a gradient; nothing is changed."""
+        """The paths of the next step; nothing is changed."""
         self.collect(optimizer, None)
         return self.paths(optimizer)
 

@@ -133,7 +133,7 @@ def explain(optimizer: Stepper) -> None:
     """Print per parameter whether the next step is pyopt's or torch's, and why.
 
     Args:
-        optimizer: one of pyopt.torch; its parameters need their gradients.
+        optimizer: one of pyopt.torch. Some reasons lie in the gradients: call it after backward.
 
     Raises:
         TypeError: an optimizer of another kind.
@@ -148,14 +148,12 @@ def explain(optimizer: Stepper) -> None:
     """
     if not isinstance(optimizer, Stepper):
         raise TypeError(f"optimizer is a {type(optimizer).__module__} optimizer, must be one of pyopt.torch")
-    paths = {(g, id(p)): reason for (g, p), reason in optimizer._rows().look(optimizer)}
-    for g, group in enumerate(optimizer.param_groups):
-        for i, p in enumerate(group["params"]):
-            name = group["param_names"][i] if "param_names" in group else f"group {g}, parameter {i}"
-            if p.grad is None:
-                path = "left alone: it has no gradient"
-            else:
-                reason = paths[g, id(p)]
-                path = "pyopt" if reason is None else f"torch: {reason}"
-            shape = "uninitialized" if is_lazy(p) else tuple(p.shape)
-            print(f"{name}  {shape}  {str(p.dtype).removeprefix('torch.')}  {path}")
+    place = 0
+    for index, p, reason in optimizer._rows().look(optimizer):
+        group = optimizer.param_groups[index]
+        place = place + 1 if p is not group["params"][0] else 0
+        name = group["param_names"][place] if "param_names" in group else f"group {index}, parameter {place}"
+        shape = "uninitialized" if is_lazy(p) else tuple(p.shape)
+        path = "pyopt" if reason is None else f"torch: {reason}"
+        when = "" if p.grad is not None else "  (once it has a gradient)"
+        print(f"{name}  {shape}  {str(p.dtype).removeprefix('torch.')}  {path}{when}")
