@@ -1266,7 +1266,8 @@ def test_explain_others(capsys: pytest.CaptureFixture[str]) -> None:
     meta.grad = torch.empty(3, device="meta")
     optimizer = optim.Adam([p, meta, strided, unused])
     lines = explained(optimizer, capsys)
-    assert [path_of(line) for line in lines] == ["pyopt", "torch", "torch"] and "meta" in lines[1]
+    assert [path_of(line) for line in lines] == ["pyopt", "torch", "torch", "pyopt"] and "meta" in lines[1]
+    assert "once it has a gradient" in lines[3]
     assert not any(optimizer.state.values()) and all((t == 1).all() for t in (p.grad, strided.grad)), "it has stepped"
 
 
