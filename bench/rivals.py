@@ -428,7 +428,7 @@ def make_torch(case: Case, tensors: Tensors, memory: str, **how: bool) -> Contes
 def compiled(loop: Callable[..., None], parallel: bool) -> Any:
     import numba
 
-    return numba.njit(loop, parallel=parallel, error_model="numpy")
+    return numba.njit(loop, parallel=parallel, error_model="numpy")  # no cache: it takes the one for the other
 
 
 def make_numba(case: Case, tensors: Tensors) -> Contestant:
