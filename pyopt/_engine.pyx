@@ -1,10 +1,10 @@
-# HOW a step runs: the cutting of the work into parts, the only prange, threads and floating-point modes.
+# HOW a step runs: the cutting of the work into parts, the only parallel region, threads and floating-point modes.
 #
 # - The work is cut at equal numbers of elements over all tensors, not per tensor: one region per step, balanced for one
 #   huge tensor and for a thousand tiny ones. An element's result does not depend on where the cuts fall.
 # - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
 
-from cython.parallel cimport prange
+from cython.parallel cimport parallel
 
 cimport openmp
 
@@ -76,12 +76,20 @@ cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers) noex
 
 cdef void sweep_on(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int threads,
                    bint flush) noexcept nogil:
-    cdef int part
     if threads == 1:
         run_in_mode(work, count, numbers, 0, cost, flush)
         return
-    for part in prange(threads, num_threads=threads, schedule="static"):
-        run_in_mode(work, count, numbers, cost * part // threads, cost * (part + 1) // threads, flush)
+    with parallel(num_threads=threads):  # not prange, whose lastprivate index costs a barrier at the entry
+        run_share(work, count, numbers, cost, threads, flush)
+
+
+cdef void run_share(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int parts,
+                    bint flush) noexcept nogil:
+    """What falls to this thread: one part, or several where OpenMP gave a smaller team than asked for."""
+    cdef Py_ssize_t part = openmp.omp_get_thread_num()
+    while part < parts:
+        run_in_mode(work, count, numbers, cost * part // parts, cost * (part + 1) // parts, flush)
+        part += openmp.omp_get_num_threads()
 
 
 cdef void run_in_mode(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t begin, Py_ssize_t end,

@@ -20,6 +20,11 @@ cdef bint same_shape(const View *a, const View *b) noexcept
 cdef bint same_order(const View *a, const View *b) noexcept
 
 
+cdef struct Range:  # of addresses, the end excluded
+    char *begin
+    char *end
+
+
 cdef class Row:
     cdef object param
     cdef object grad  # this step's, from the first look until its pointer is taken
@@ -31,6 +36,8 @@ cdef class Row:
     cdef Py_ssize_t slot  # the numbers of its step, by its step count
     cdef bint active  # whether the table steps it this time
     cdef bint fresh  # whether its state is a new one
+    cdef Range gap  # between ranges of the table, where its last gradient lay
+    cdef Py_ssize_t gap_version
     cdef object reason  # why this table cannot step it, None where it can
 
     cdef bint bind(self, param, Py_ssize_t index) except -1
@@ -39,11 +46,6 @@ cdef class Row:
     cdef void *take_gradient(self, Table table) except? NULL
     cdef int commit(self, Table table, optimizer) except -1
     cdef int list_ranges(self, list ranges) except -1
-
-
-cdef struct Range:  # of addresses, the end excluded
-    char *begin
-    char *end
 
 
 cdef class Table:
@@ -61,6 +63,7 @@ cdef class Table:
     cdef Numbers *numbers
     cdef Range *ranges  # where parameters and state lie, in ascending order
     cdef Py_ssize_t capacity, count, cost, n_ranges
+    cdef Py_ssize_t version  # of the ranges
     cdef bint busy
 
     cdef PyObject *state_of(self, param) except? NULL
@@ -72,5 +75,5 @@ cdef class Table:
     cdef int measure(self) except -1
     cdef list disjoint(self, list ranges)
     cdef int add(self, Rule rule, Row row, void *gradient) except -1
-    cdef bint will_be_written(self, const char *begin, Py_ssize_t length) noexcept
+    cdef bint will_be_written(self, Row row, char *begin, Py_ssize_t length) noexcept
     cdef int release(self) except -1

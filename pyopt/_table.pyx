@@ -107,6 +107,7 @@ cdef class NumpyRow(Row):
     cdef object data, dtype
     cdef Export export
     cdef list state_exports
+    cdef object counted  # the "step" that commit wrote, which need not be checked again
     cdef PyObject *arrays[STATES]  # held by state_exports, kept to be compared
     cdef object copy  # a gradient in the parameter's memory order, where its own is another
     cdef Py_buffer grad_buffer  # let go at the end of the step
@@ -143,7 +144,7 @@ cdef class NumpyRow(Row):
         step = PyDict_GetItemWithError(self.state, "step")
         if step == NULL:
             raise KeyError(f"{label(self.index, self.param)}: state has no 'step', only {sorted(self.state)}")
-        if type(<object>step) is not int or not 0 <= <object>step < 2**63 - 1:
+        if type(<object>step) is not int or <object>step is not self.counted:
             check_count(f"{label(self.index, self.param)}: state 'step'", <object>step)
         return <Py_ssize_t><object>step + 1
 
@@ -178,7 +179,7 @@ cdef class NumpyRow(Row):
         if not same_shape(&self.p, &g):
             check_gradient(label(self.index, self.param), self.data, grad)
         if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0
-                and not table.will_be_written(g.data, self.grad_buffer.len)):
+                and not table.will_be_written(self, g.data, self.grad_buffer.len)):
             return g.data
         if self.copy is None:
             self.copy = np.empty_like(self.data)
@@ -187,7 +188,9 @@ cdef class NumpyRow(Row):
 
     cdef int commit(self, Table table, optimizer) except -1:
         if table.counts_steps:
-            self.state["step"] = table.counts[self.slot]
+            step = table.counts[self.slot]
+            self.state["step"] = step
+            self.counted = step
         if self.fresh and self.state:
             optimizer.state[self.param] = self.state
         return 0
@@ -213,6 +216,7 @@ cdef class Table:
         grads, where given, stand for the parameters' own, in the order of the groups.
         """
         cdef Row row
+        cdef Py_ssize_t k
         if self.busy:
             raise RuntimeError(f"{type(optimizer).__name__}.step() is already running in another thread")
         self.busy = True
@@ -221,7 +225,8 @@ cdef class Table:
             self.before_sweep(optimizer)
             with nogil:
                 sweep(self.work, self.count, self.numbers)
-            for row in self.rows:
+            for k in range(len(self.rows)):
+                row = <Row>self.rows[k]
                 if row.active:
                     row.commit(self, optimizer)
         finally:
@@ -267,7 +272,7 @@ cdef class Table:
             self.stateless = not self.counts_steps and names == (None,) * STATES
             last_step = -1
             for _i in range(len(params)):
-                row = self.rows[k]
+                row = <Row>self.rows[k]
                 row.grad = row.param.grad if grads is None else grads[k]
                 k += 1
                 row.active = row.grad is not None and names is not None and row.reason is None
@@ -287,7 +292,7 @@ cdef class Table:
         if changed:
             self.measure()
         for k in range(len(self.rows)):
-            row = self.rows[k]
+            row = <Row>self.rows[k]
             if row.active:
                 gradient = row.take_gradient(self)
                 if row.active:
@@ -335,6 +340,7 @@ cdef class Table:
             row.list_ranges(ranges)
         ranges = self.disjoint(ranges)
         self.n_ranges = len(ranges)
+        self.version += 1
         for i in range(self.n_ranges):
             self.ranges[i].begin = <char *><size_t>ranges[i][0]
             self.ranges[i].end = <char *><size_t>ranges[i][1]
@@ -362,21 +368,29 @@ cdef class Table:
         self.cost += w.size + ROW_COST
         return 0
 
-    cdef bint will_be_written(self, const char *begin, Py_ssize_t length) noexcept:
+    cdef bint will_be_written(self, Row row, char *begin, Py_ssize_t length) noexcept:
         """Whether a gradient shares memory with a parameter or state: copied then, since the sweep has no order."""
         cdef Py_ssize_t low = 0, high = self.n_ranges, k
+        if row.gap_version == self.version and row.gap.begin <= begin and begin + length <= row.gap.end:
+            return False
         while low < high:  # the first range that ends beyond begin
             k = (low + high) // 2
             if self.ranges[k].end > begin:
                 high = k
             else:
                 low = k + 1
-        return low < self.n_ranges and self.ranges[low].begin < begin + length
+        if low < self.n_ranges and self.ranges[low].begin < begin + length:
+            return True
+        row.gap_version = self.version
+        row.gap.begin = self.ranges[low - 1].end if low > 0 else NULL
+        row.gap.end = self.ranges[low].begin if low < self.n_ranges else <char *>~<size_t>0
+        return False
 
     cdef int release(self) except -1:
         """Let the gradients go."""
         cdef NumpyRow row
-        for row in self.rows:
+        for k in range(len(self.rows)):
+            row = <NumpyRow>self.rows[k]
             row.grad = None
             if row.holds_grad:
                 PyBuffer_Release(&row.grad_buffer)

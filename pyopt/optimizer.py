@@ -171,7 +171,8 @@ class Optimizer:
                 become invalid since the constructor.
             RuntimeError: another thread is in step() of this optimizer.
         """
-        if not (_global_step_pre_hooks or self._step_pre_hooks or _global_step_post_hooks or self._step_post_hooks):
+        hooks = (_global_step_pre_hooks, self._step_pre_hooks, self._step_post_hooks, _global_step_post_hooks)
+        if not any(hooks):
             return self._step(closure, grads=grads)
         # As in torch, hooks see the arguments of the call with the optimizer in front.
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)

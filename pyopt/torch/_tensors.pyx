@@ -243,7 +243,7 @@ cdef class TensorRow(Row):
             return NULL
         if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0
                 and not_negated(grad)
-                and not table.will_be_written(g.data, g.size * g.itemsize)):
+                and not table.will_be_written(self, g.data, g.size * g.itemsize)):
             return g.data
         with torch.no_grad():
             if self.copy is None or self.copy.stride() != self.param.stride() or self.copy.dtype != self.param.dtype:
@@ -341,7 +341,6 @@ cdef class TensorTable(Table):
         return ordered
 
     cdef int release(self) except -1:
-        cdef Row row
-        for row in self.rows:
-            row.grad = None
+        for k in range(len(self.rows)):
+            (<Row>self.rows[k]).grad = None
         return 0
