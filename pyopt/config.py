@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from pyopt import _engine, _isa, threads
 
 def config() -> dict[str, dict[str, Any]]:
     """The sections of show_config; values are str, int, bool or lists of str."""
-    from importlib import metadata  # 20 ms that `import pyopt` need not wait for
+    import platform  # with metadata 20 ms that `import pyopt` need not wait for
+    from importlib import metadata
 
     default, reason = threads.default_num_threads()
     in_use = threads.get_num_threads()
@@ -26,7 +26,7 @@ def config() -> dict[str, dict[str, Any]]:
     else:
         why = f"set by the caller; the default is {default}: {reason}"
     sections: dict[str, dict[str, Any]] = {
-        "pyopt": {"version": metadata.version("pyopt"), "path": str(Path(__file__).parent)},
+        "pyopt": {"version": metadata.version("pyopt"), "path": os.path.dirname(__file__)},
         "machine": {"system": platform.system(), "architecture": platform.machine(), "python": sys.version.split()[0]},
         "instruction sets": {
             "built": _isa.built_levels(),
@@ -50,12 +50,13 @@ def config() -> dict[str, dict[str, Any]]:
 def openmp_runtimes() -> list[str]:
     """The files of the OpenMP runtimes that this process has mapped; more than one is trouble."""
     try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
+        with open("/proc/self/maps") as file:
+            maps = file.read().splitlines()
     except OSError:
         return []
     paths = {line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6}
     names = ("libgomp", "libomp", "libiomp")
-    return sorted(path for path in paths if Path(path).name.startswith(names))
+    return sorted(path for path in paths if os.path.basename(path).startswith(names))
 
 
 def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:

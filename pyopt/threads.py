@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
-from pathlib import Path
 
 from pyopt import _engine
 
@@ -69,35 +68,36 @@ def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cgroup_quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the cgroups of this process grant (v2 cpu.max, v1 cpu.cfs_quota_us), from it up to the root."""
+def cgroup_quota(root: str | os.PathLike[str] = "/") -> float | None:
+    """CPUs that the cgroups of this process grant (v2 cpu.max, v1 cpu.cfs_quota_us), from its own up to the root."""
     quotas = []
-    try:
-        entries = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for entry in entries:
+    for entry in (_read(root, "proc/self/cgroup") or "").splitlines():
         _, controllers, path = entry.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        mount = root / "sys/fs/cgroup" / ("" if not controllers else "cpu")
-        here = mount / path.lstrip("/")
-        # Inside a container the path is the host's and the mount its own cgroup: the mount itself is always looked at.
-        for directory in [here, *here.parents]:
-            if directory == mount or mount in directory.parents:
-                quotas.append(_quota(directory))
+        mount = os.path.join(root, "sys/fs/cgroup", "cpu" if controllers else "")
+        # Inside a container the path is the host's and the mount its own cgroup: the mount itself is looked at last.
+        parts = path.strip("/").split("/") if path.strip("/") else []
+        quotas += [_quota(os.path.join(mount, *parts[:n])) for n in range(len(parts), -1, -1)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _quota(directory: Path) -> float | None:
+def _quota(directory: str) -> float | None:
+    limit = _read(directory, "cpu.max")
+    if limit is None:
+        limit = f"{_read(directory, 'cpu.cfs_quota_us')} {_read(directory, 'cpu.cfs_period_us')}"
     try:
-        if (directory / "cpu.max").exists():
-            quota, period = (directory / "cpu.max").read_text().split()
-        else:
-            quota = (directory / "cpu.cfs_quota_us").read_text().strip()
-            period = (directory / "cpu.cfs_period_us").read_text().strip()
-        return int(quota) / int(period) if quota not in ("max", "-1") else None
-    except (OSError, ValueError):
+        quota, period = map(int, limit.split())
+    except ValueError:  # "max", or no such files
+        return None
+    return quota / period if quota > 0 else None
+
+
+def _read(directory: str | os.PathLike[str], name: str) -> str | None:
+    try:
+        with open(os.path.join(directory, name)) as file:
+            return file.read()
+    except OSError:
         return None
 
 
