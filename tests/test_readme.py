@@ -45,9 +45,15 @@ def test_own_optimizer() -> None:
 PACKAGES = [pyopt, pyopt.optimizers] + ([pyopt.torch] if find_spec("torch") else [])
 
 
-@pytest.mark.parametrize("name", [m.name for p in PACKAGES for m in pkgutil.iter_modules(p.__path__, f"{p.__name__}.")])
+MODULES = [
+    module.name
+    for package in PACKAGES
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if not module.ispkg and not module.name.rpartition(".")[2].startswith("_")  # compiled, or private
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
-    if name.rpartition(".")[2].startswith("_"):
-        return  # compiled, or private
     result = doctest.testmod(importlib.import_module(name), extraglobs={"np": np})
     assert not result.failed
