@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from pyopt import _kernels
+from pyopt._engine import Rule
+
 ROOT = Path(__file__).parent.parent
-RULES = ["sgd", "lion", "adagrad", "rmsprop", "adam", "roof"]
+RULES = [name for name, value in vars(_kernels).items() if isinstance(value, Rule)]
 
 if sys.platform != "linux" or "gcc" not in (sysconfig.get_config_var("CC") or "gcc") or not shutil.which("gcc"):
     pytest.skip("the report is GCC's", allow_module_level=True)

@@ -231,7 +231,7 @@ cdef class TensorRow(Row):
 
     cdef void *take_gradient(self, Table table) except? NULL:
         cdef View g
-        grad, self.grad = self.grad, None
+        grad = self.grad  # held until the end of the step, whatever becomes of param.grad meanwhile
         if type(grad) is not tensor_type:
             self.leave(f"its gradient is a {type(grad).__name__}, not a plain tensor")
             return NULL
