@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,6 +154,28 @@ def in_place(budget: float) -> Iterator[Row]:
     yield faster("Adam, 16M: against the best in-place NumPy", timing, 5)
 
 
+def denormals(budget: float) -> Iterator[Row]:
+    """Moments that have decayed into denormals, flushed or not, against ordinary ones, in cache."""
+    size = 1 << 18
+    rng = np.random.default_rng(0)
+    contestants = {}
+    for key, scale in (("ordinary", 1.0), ("denormal", 1e-41), ("flushed", 1e-41)):
+        p = Parameter(rng.standard_normal(size).astype(np.float32))
+        g = (rng.standard_normal(size) * scale).astype(np.float32)
+        opt = pyopt.Adam([p])
+        opt.state[p] = {"step": 1000, "exp_avg": g.copy(), "exp_avg_sq": np.abs(g)}
+
+        def step(opt: pyopt.Optimizer = opt, g: np.ndarray = g, flush: bool = key == "flushed") -> None:
+            pyopt.set_flush_denormal(flush)
+            opt.step(grads=[g])
+            pyopt.set_flush_denormal(False)
+
+        contestants[key] = Contestant(step, partial(np.negative, g, g), lambda p=p: [p])
+    seconds = side_by_side(contestants, budget, "ordinary")
+    yield at_most("Adam, moments in denormals, flushed: time over ordinary ones'", seconds["flushed"].ratio, 1.3)
+    yield "Adam, moments in denormals, not flushed", "", f"{seconds['denormal'].ratio:.3g}", None
+
+
 IMPORT = """
 from time import perf_counter
 import numpy
@@ -197,7 +220,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=3.0, metavar="SECONDS", help="per measurement, about")
     args = parser.parse_args()
-    parts = [processes, roofs, torch_large, many, levels, in_place]
+    parts = [processes, roofs, torch_large, many, levels, in_place, denormals]
     if find_spec("torch") is None:
         parts.remove(torch_large)
     rows: list[Row] = []
