@@ -42,6 +42,7 @@ cdef class Row:
 
     cdef bint bind(self, param, Py_ssize_t index) except -1
     cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1
+    cdef Py_ssize_t next_step(self) except -1
     cdef bint bind_state(self, Table table, tuple names) except -1
     cdef void *take_gradient(self, Table table) except? NULL
     cdef int commit(self, Table table, optimizer) except -1

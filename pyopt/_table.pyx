@@ -76,6 +76,18 @@ cdef class Row:
 
     cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
         """Find or make the state; the number of the step to come, 1 or 2 where the optimizer does not count."""
+        cdef PyObject *found = table.state_of(self.param)
+        self.fresh = found == NULL or not <object>found
+        if self.fresh:
+            self.state = {} if table.stateless else optimizer.new_state(self.param, group)
+        else:
+            self.state = <object>found
+        if table.counts_steps:
+            return self.next_step()
+        return 1 if self.fresh else 2
+
+    cdef Py_ssize_t next_step(self) except -1:
+        """The number of the step to come, from the state."""
         raise NotImplementedError
 
     cdef bint bind_state(self, Table table, tuple names) except -1:
@@ -131,17 +143,8 @@ cdef class NumpyRow(Row):
             self.arrays[j] = NULL
         return True
 
-    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
-        cdef PyObject *found = table.state_of(self.param)
-        cdef PyObject *step
-        self.fresh = found == NULL or not <object>found
-        if self.fresh:
-            self.state = {} if table.stateless else optimizer.new_state(self.param, group)
-        else:
-            self.state = <object>found
-        if not table.counts_steps:
-            return 1 if self.fresh else 2
-        step = PyDict_GetItemWithError(self.state, "step")
+    cdef Py_ssize_t next_step(self) except -1:
+        cdef PyObject *step = PyDict_GetItemWithError(self.state, "step")
         if step == NULL:
             raise KeyError(f"{label(self.index, self.param)}: state has no 'step', only {sorted(self.state)}")
         if type(<object>step) is not int or <object>step is not self.counted:

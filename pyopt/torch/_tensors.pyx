@@ -185,19 +185,8 @@ cdef class TensorRow(Row):
         self.names = None
         return 0
 
-    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
-        cdef PyObject *found = table.state_of(self.param)
-        cdef PyObject *step
-        self.fresh = found == NULL or not <object>found
-        if not self.fresh and not table.counts_steps:  # torch.optim.SGD writes None where there was no momentum
-            self.fresh = all(value is None for value in (<dict><object>found).values())
-        if self.fresh:
-            self.state = {} if table.stateless else optimizer.new_state(self.param, group)
-        else:
-            self.state = <object>found
-        if not table.counts_steps:
-            return 1 if self.fresh else 2
-        step = PyDict_GetItemWithError(self.state, "step")
+    cdef Py_ssize_t next_step(self) except -1:
+        cdef PyObject *step = PyDict_GetItemWithError(self.state, "step")
         if step == NULL or type(<object>step) is not tensor_type or not self.look(<object>step, &self.step, 1):
             self.leave("its state 'step' is no float tensor on the CPU")
             return 1
@@ -282,6 +271,13 @@ cdef class TensorTable(Table):
 
     cdef Row new_row(self):
         return TensorRow()
+
+    cdef PyObject *state_of(self, param) except? NULL:
+        cdef PyObject *found = Table.state_of(self, param)
+        if found != NULL and not self.counts_steps:  # torch.optim.SGD writes None where there was no momentum
+            if all(value is None for value in (<dict><object>found).values()):
+                return NULL
+        return found
 
     def step(self, optimizer, list grads=None, double factor=1):
         """One step, gradients multiplied by factor: torch's on what pyopt does not cover, then pyopt's."""
