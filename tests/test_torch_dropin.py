@@ -1338,3 +1338,13 @@ def test_without_the_dlpack_exchange_api() -> None:
         for how in ("there", "hidden")
     }
     assert len(digests["there"]) > 60 and digests["there"] == digests["hidden"]
+
+
+def test_explain_keeps_no_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    (p,) = new_parameters((5,))
+    p.grad = torch.ones(5)
+    gradient = weakref.ref(p.grad)
+    optimizer = optim.Adam([p])
+    explained(optimizer, capsys)
+    p.grad = None
+    assert gradient() is None

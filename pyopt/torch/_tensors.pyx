@@ -316,7 +316,10 @@ cdef class TensorTable(Table):
 
     def look(self, optimizer):
         """The paths of the next step; nothing is changed."""
-        self.collect(optimizer, None)
+        try:
+            self.collect(optimizer, None)
+        finally:
+            self.release()
         return self.paths(optimizer)
 
     cdef list disjoint(self, list ranges):
