@@ -47,6 +47,18 @@ cdef struct DLPackExchangeAPI:
     void *current_work_stream
 
 
+def increment_one_by_one(tensors):
+    for tensor in tensors:
+        increment_version(tensor)
+
+
+cdef object increment_versions = increment_version
+try:
+    increment_version([])
+except RuntimeError:  # torch 2.4 takes a single tensor
+    increment_versions = increment_one_by_one
+
+
 cdef object tensor_type = Tensor
 cdef object parameter_type = Parameter
 cdef object is_neg = Tensor.is_neg
@@ -268,6 +280,11 @@ def describe(tensor):
 
 cdef class TensorTable(Table):
     """The tensors of one torch optimizer."""
+    # The parameters of the last step: a list as long, made anew, has malloc tidy up all gradients freed since.
+    cdef list written
+
+    def __cinit__(self):
+        self.written = []
 
     cdef Row new_row(self):
         return TensorRow()
@@ -281,10 +298,24 @@ cdef class TensorTable(Table):
 
     def step(self, optimizer, list grads=None, double factor=1):
         """One step, gradients multiplied by factor: torch's on what pyopt does not cover, then pyopt's."""
-        cdef Row row
         self.gradient_factor = factor
         Table.step(self, optimizer)
-        increment_version([row.param for row in self.rows if row.active])  # a stale graph raises, as with torch
+        self.mark_written()
+
+    cdef int mark_written(self) except -1:
+        """Tell autograd, so that a stale graph raises, as with torch."""
+        cdef Py_ssize_t n = 0
+        cdef Row row
+        for row in self.rows:
+            if row.active:
+                if n == len(self.written):
+                    self.written.append(row.param)
+                elif self.written[n] is not row.param:
+                    self.written[n] = row.param
+                n += 1
+        del self.written[n:]
+        increment_versions(self.written)
+        return 0
 
     cdef int before_sweep(self, optimizer) except -1:
         if self.leaves():
