@@ -33,6 +33,10 @@ BRIEF = [
     ("Adagrad", {"lr": 0.1}),
 ]
 BRIEF_IDS = ["-".join([name, *options]) for name, options in BRIEF]
+DTYPES = [torch.float32, torch.float64]
+brief = pytest.mark.parametrize(("name", "options"), BRIEF, ids=BRIEF_IDS)
+each = pytest.mark.parametrize("name", FIVE)
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # What may differ per step, up to ten steps, in ulps of the largest value that the element has had: the order of
 # operations is the same, but torch contracts to FMA and its square root is not IEEE's.
 ULPS = 6
@@ -55,6 +59,18 @@ def bits(tensor: Any) -> Any:
 
 def same_bits(a: Any, b: Any) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def new(*shape: int, dtype: Any = torch.float32, seed: int = 0) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def new_parameters(*shapes: tuple[int, ...], dtype: Any = torch.float32) -> list[Any]:
+    return [torch.nn.Parameter(new(*shape, dtype=dtype, seed=i)) for i, shape in enumerate(shapes)]
+
+
+def small() -> list[Any]:
+    return new_parameters((5, 4), (7,), ())
 
 
 def parameters(optimizer: Any) -> list[Any]:

@@ -1,0 +1,120 @@
+"""pyopt.torch under torch.amp.GradScaler: unscaled in the pass, skipped where a gradient is not finite."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from test_torch_mixed import SPARSE_WARNING, mixed, mixed_gradients, uncovered_of
+from torch_or_skip import Twins, brief, optim, parameters, random_gradients, same_bits, small, torch
+
+
+class Scaled:
+    """An optimizer with a scaler of its own, and its steps on given unscaled gradients."""
+
+    def __init__(self, optimizer: Any, scale: float) -> None:
+        self.optimizer = optimizer
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+
+    def step(self, grads: list[Any], unscale_first: bool) -> None:
+        scale = self.scaler.scale(torch.ones(()))
+        for p, g in zip(parameters(self.optimizer), grads, strict=True):
+            p.grad = None if g is None else g * scale.to(g.dtype)
+        if unscale_first:
+            self.scaler.unscale_(self.optimizer)
+        before = [None if p.grad is None else p.grad.clone() for p in parameters(self.optimizer)]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.untouched = all(
+            b is None or same_bits(p.grad, b) for p, b in zip(parameters(self.optimizer), before, strict=True)
+        )
+
+
+def assert_scaler_agrees(twins: Twins, make_grads: Callable[[int], list[Any]], scale: float) -> None:
+    ours, theirs = (Scaled(optimizer, scale) for optimizer in twins)
+    for step in range(8):
+        before = [p.detach().clone() for p in parameters(twins.ours)]
+        counts = [s["step"].item() for s in twins.ours.state.values() if "step" in s]
+        for side in (ours, theirs):
+            side.step(make_grads(step), unscale_first=step == 5)
+        assert ours.untouched, "a gradient was written"
+        assert ours.scaler.get_scale() == theirs.scaler.get_scale()
+        assert not hasattr(twins.ours, "grad_scale") and not hasattr(twins.ours, "found_inf")
+        if step in SPOILED:
+            assert all(same_bits(p, b) for p, b in zip(parameters(twins.ours), before, strict=True))
+            assert [s["step"].item() for s in twins.ours.state.values() if s.get("step")] == [c for c in counts if c]
+        if step:  # a first step that is skipped may leave state at zero
+            twins.steps += 1
+            twins.check()
+
+
+SPOILED = {0: float("inf"), 3: float("nan"), 6: -float("inf")}
+
+
+@pytest.mark.parametrize("scale", [65536.0, 3.0])
+@brief
+def test_grad_scaler(name: str, options: dict[str, Any], scale: float) -> None:
+    """Steps with an inf are skipped and not counted, the first among them; the scaled gradients stay as they are."""
+    twins = Twins(name, small, options)
+
+    def grads(step: int) -> list[Any]:
+        values = random_gradients(twins.theirs, torch.Generator().manual_seed(step))
+        if step in SPOILED:
+            values[1][3] = SPOILED[step]
+        return values
+
+    assert_scaler_agrees(twins, grads, scale)
+
+
+def test_grad_scaler_unscales_in_the_pass() -> None:
+    """The scaler leaves the work to the optimizer, also to a copy of it."""
+    optimizer = optim.Adam(small())
+    for o in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert o._step_supports_amp_scaling
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))
+        for p in parameters(o):
+            p.grad = torch.full_like(p, 8.0)
+        scaler.step(o)
+        assert all((p.grad == 8).all() for p in parameters(o))
+        assert all(torch.allclose(o.state[p]["exp_avg"], torch.tensor(0.1)) for p in parameters(o))
+
+
+def test_grad_scaler_with_lion() -> None:
+    """torch has none to compare with: the scale is a power of two, so the bits are those without a scaler."""
+    scaled, plain = optim.Lion(small(), weight_decay=0.1), optim.Lion(small(), weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    for step in range(4):
+        for p, q, g in zip(parameters(scaled), parameters(plain), small(), strict=True):
+            p.grad, q.grad = g.detach() * 8, g.detach()
+        if step == 1:
+            parameters(scaled)[2].grad.fill_(float("inf"))
+        else:
+            plain.step()
+        scaler.step(scaled)
+        scaler.update(8.0)
+    for p, q in zip(parameters(scaled), parameters(plain), strict=True):
+        assert same_bits(p, q) and same_bits(scaled.state[p]["exp_avg"], plain.state[q]["exp_avg"])
+
+
+@pytest.mark.filterwarnings(SPARSE_WARNING)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_mixed_model_with_grad_scaler(name: str) -> None:
+    """Unscale and skip reach the parameters that go to torch as well."""
+    what = [
+        w for w in uncovered_of(name) if w not in ("complex", "float16", "wrapper", "subclass", "subclass of gradient")
+    ]
+    twins = Twins(name, mixed(what), {"lr": 0.1})
+
+    def grads(step: int) -> list[Any]:
+        values = [g.clone() for g in mixed_gradients(what, twins.theirs)]
+        if step in SPOILED:
+            values[0][0] = SPOILED[step]
+        return values
+
+    assert_scaler_agrees(twins, grads, 64.0)
