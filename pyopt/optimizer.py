@@ -83,6 +83,8 @@ class Optimizer:
     counts_steps: ClassVar[bool] = False
     # Per hyper-parameter: the check of its type and bounds.
     checks: ClassVar[Mapping[str, checks.Check]] = {"lr": checks.non_negative}
+    # Hyper-parameters that checkpoints of older torch lack, and what they mean there.
+    later: ClassVar[Mapping[str, Any]] = {"maximize": False}
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         if isinstance(params, (np.ndarray, Parameter, str, Mapping, Set)) or not isinstance(params, Iterable):
@@ -358,7 +360,8 @@ class Optimizer:
                     f"{live['param_names']}"
                 )
             names = {k: live[k] for k in ("param_names",) if k in live}
-            group = {**deepcopy({**saved, "params": None}), **names, "params": live["params"]}
+            later = {k: v for k, v in self.later.items() if k in self.defaults and k not in saved}
+            group = {**deepcopy({**saved, "params": None}), **later, **names, "params": live["params"]}
             try:
                 self.check_group(group)
             except (KeyError, TypeError, ValueError) as error:

@@ -671,7 +671,11 @@ def test_no_state_dict(value):
     refuses(TypeError, ["state_dict"], opt, lambda: opt.load_state_dict(value))
 
 
-@pytest.mark.parametrize("cls, name", [(cls, name) for cls, names in RULES.items() for name in names])
+LATER = {"maximize", "decoupled_weight_decay"}  # checkpoints of older torch lack them
+REQUIRED = [(cls, name) for cls, names in RULES.items() for name in names if name not in LATER]
+
+
+@pytest.mark.parametrize("cls, name", REQUIRED)
 def test_state_dict_group_key_missing(cls, name):
     opt, _ = make(cls)
     sd = opt.state_dict()

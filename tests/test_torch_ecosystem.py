@@ -303,6 +303,28 @@ def test_checkpoints_travel_to_numpy(name: str, options: dict[str, Any], dtype: 
 
 
 @brief
+def test_old_checkpoints_travel_to_numpy(name: str, options: dict[str, Any]) -> None:
+    """Groups without the options that torch got later: they mean there what they mean to torch."""
+    reference = new_parameters(torch.float64)
+    oracle = getattr(torch.optim, name)(reference, **options)
+    for seed in range(2):
+        for p, g in zip(reference, random_gradients(oracle, torch.Generator().manual_seed(seed)), strict=True):
+            p.grad = g
+        oracle.step()
+        if seed == 0:
+            saved = optim.from_torch(oracle.state_dict())
+            for key in ("maximize", "decoupled_weight_decay"):
+                saved["param_groups"][0].pop(key, None)
+            params = [pyopt.Parameter(p.detach().numpy().copy()) for p in reference]
+            optimizer = getattr(pyopt, name)(params, **options)
+            optimizer.load_state_dict(saved)
+    optimizer.step(grads=[p.grad.numpy() for p in reference])
+    for p, q in zip(params, reference, strict=True):
+        np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=1e-13)
+    assert optimizer.param_groups[0].keys() == getattr(pyopt, name)(params, **options).param_groups[0].keys()
+
+
+@brief
 def test_there_and_back(name: str, options: dict[str, Any]) -> None:
     """to_torch(from_torch(...)) is the same numbers, and what torch saves; nothing is shared, nothing is changed."""
     twins = Twins(name, two_groups, options)

@@ -61,6 +61,7 @@ class Adam(Optimizer):
         "maximize": flag,
         "decoupled_weight_decay": flag,
     }
+    later = {"maximize": False, "decoupled_weight_decay": False}
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class AdamW(Adam):
     lr multiplies the decay.
     """
 
+    later = {"maximize": False, "decoupled_weight_decay": True}
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -63,9 +63,8 @@ class Stepper:
         """torch checks in its constructors alone."""
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
-        """The numbers of the rule; torch before 2.6 has no `decoupled_weight_decay` in its groups."""
-        group.setdefault("decoupled_weight_decay", self.core is pyopt.AdamW)
-        return self.core.scalars(self, group, step)  # type: ignore[arg-type]
+        """The numbers of the rule; older torch has fewer hyper-parameters in its groups."""
+        return self.core.scalars(self, {**self.core.later, **group}, step)  # type: ignore[arg-type]
 
     @property
     def state_names(self) -> Any:
