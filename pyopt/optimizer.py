@@ -310,7 +310,8 @@ class Optimizer:
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue from what `state_dict` returned, with parameters in the same order.
 
-        The arrays are copied into the optimizer's own; nothing is shared with `state_dict`.
+        The arrays are copied into the optimizer's own; nothing is shared with `state_dict`. Groups may lack `maximize`
+        and `decoupled_weight_decay`, as those of older torch do.
 
         Raises:
             TypeError, KeyError, ValueError: a state of another optimizer, other parameters, shapes, dtypes or names;
