@@ -103,7 +103,8 @@ cdef inline floating adam(floating p, floating g, floating* m, floating* v, floa
     v[0] = v[0] * <floating>h.beta2 + <floating>h.weight2 * g * g
     cdef floating u = v[0]
     if h.amsgrad:
-        u = v_max[0] = v_max[0] if v_max[0] >= u else u  # a NaN in v shows
+        u = v_max[0] if v_max[0] >= u else u  # a NaN in v shows,
+        u = v_max[0] = u if v_max[0] == v_max[0] else v_max[0]  # and one in v_max
     cdef floating d = root(u) / <floating>h.bias2 + <floating>h.eps
     return p * <floating>h.decay - <floating>h.step_size * m[0] / d
 

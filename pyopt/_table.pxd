@@ -25,10 +25,14 @@ cdef struct Range:  # of addresses, the end excluded
     char *end
 
 
+cdef enum:
+    RANGES = 2 + STATES  # the most that a row lists: parameter, state and step count
+
+
 cdef class Row:
     cdef object param
     cdef object grad  # this step's, from the first look until its pointer is taken
-    cdef dict state  # its entry of optimizer.state, or the new one that will become it
+    cdef object state  # a dict: its entry of optimizer.state, or the new one that will become it
     cdef tuple names  # of the state behind each stream, None where the options need none
     cdef View p
     cdef View s[STATES]
@@ -41,7 +45,7 @@ cdef class Row:
     cdef object reason  # why this table cannot step it, None where it can
 
     cdef bint bind(self, param, Py_ssize_t index) except -1
-    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1
+    cdef Py_ssize_t find_state(self, Table table, optimizer, group) except -1
     cdef Py_ssize_t next_step(self) except -1
     cdef bint bind_state(self, Table table, tuple names) except -1
     cdef void *take_gradient(self, Table table) except? NULL

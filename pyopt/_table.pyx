@@ -74,14 +74,17 @@ cdef class Row:
         """Bring the view of the parameter up to date; whether it lies elsewhere now."""
         raise NotImplementedError
 
-    cdef Py_ssize_t find_state(self, Table table, optimizer, dict group) except -1:
+    cdef Py_ssize_t find_state(self, Table table, optimizer, group) except -1:
         """Find or make the state; the number of the step to come, 1 or 2 where the optimizer does not count."""
         cdef PyObject *found = table.state_of(self.param)
         self.fresh = found == NULL or not <object>found
         if self.fresh:
             self.state = {} if table.stateless else optimizer.new_state(self.param, group)
-        else:
+        elif isinstance(<object>found, dict):
             self.state = <object>found
+        else:
+            what = type(<object>found).__name__
+            raise TypeError(f"{label(self.index, self.param)}: its state is a {what}, must be a dict")
         if table.counts_steps:
             return self.next_step()
         return 1 if self.fresh else 2
@@ -208,6 +211,9 @@ cdef class Table:
         self.rows, self.seen, self.plain, self.names, self.counts = [], [], [], [], []
         self.gradient_factor = 1
 
+    def __reduce__(self):
+        return type(self), ()  # a copy begins anew
+
     def __dealloc__(self):
         PyMem_Free(self.work)
         PyMem_Free(self.numbers)
@@ -255,7 +261,7 @@ cdef class Table:
 
     cdef int collect(self, optimizer, list grads) except -1:
         """Fill the work of this step. Every check stands here: what follows cannot fail."""
-        cdef list groups = optimizer.param_groups, params
+        cdef list groups = as_list(optimizer.param_groups), params
         cdef Rule rule = optimizer.rule
         cdef Py_ssize_t g, _i, step, last_step, k = 0
         cdef bint changed
@@ -266,11 +272,13 @@ cdef class Table:
         self.counts.clear()
         self.counts_steps = optimizer.counts_steps
         self.states = optimizer.state
+        if not isinstance(self.states, dict):
+            raise TypeError(f"state of the optimizer is a {type(self.states).__name__}, must be a dict")
         changed = self.bind(optimizer, groups)
         self.reserve(len(self.rows))
         for g in range(len(groups)):
             group = groups[g]
-            params = group["params"]
+            params = as_list(group["params"])
             names = self.names[g]
             self.stateless = not self.counts_steps and names == (None,) * STATES
             last_step = -1
@@ -314,7 +322,7 @@ cdef class Table:
                 self.seen[g:g + 1] = [dict(group)]
                 self.plain[g:g + 1] = [plain(group)]
                 self.names[g:g + 1] = [optimizer.state_streams(<dict>self.plain[g])]
-            params = group["params"]
+            params = as_list(group["params"])
             for i in range(len(params)):
                 if k == len(self.rows):
                     self.rows.append(self.new_row())
@@ -323,6 +331,7 @@ cdef class Table:
         if k != len(self.rows):
             del self.rows[k:]
             changed = True
+        del self.seen[len(groups):], self.plain[len(groups):], self.names[len(groups):]
         return changed
 
     cdef int reserve(self, Py_ssize_t n) except -1:
@@ -330,7 +339,7 @@ cdef class Table:
         if n > self.capacity:
             self.work = <Work *>grown(self.work, n * sizeof(Work))
             self.numbers = <Numbers *>grown(self.numbers, n * sizeof(Numbers))
-            self.ranges = <Range *>grown(self.ranges, n * (1 + STATES) * sizeof(Range))
+            self.ranges = <Range *>grown(self.ranges, n * RANGES * sizeof(Range))
             self.capacity = n
         return 0
 
@@ -401,12 +410,16 @@ cdef class Table:
         return 0
 
 
-cdef bint same_values(dict group, dict seen) noexcept:
+cdef list as_list(values):
+    return values if type(values) is list else list(values)
+
+
+cdef bint same_values(group, dict seen) except -1:
     """Whether a group holds the values that were checked; one that may have changed inside counts as another."""
     cdef Py_ssize_t position = 0
     cdef PyObject *key
     cdef PyObject *value
-    if len(group) != len(seen):
+    if not isinstance(group, dict) or len(group) != len(seen):
         return False
     while PyDict_Next(group, &position, &key, &value):
         if PyDict_GetItemWithError(seen, <object>key) != value:

@@ -65,7 +65,7 @@ def plain(group: dict[str, Any]) -> dict[str, Any]:
     """The hyper-parameters as Python numbers, so that what is computed of them is in double; torch's may be tensors."""
 
     def item(value: Any) -> Any:
-        return value.item() if hasattr(value, "item") else value
+        return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
 
     values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     return {k: tuple(map(item, v)) if isinstance(v, (tuple, list)) else item(v) for k, v in values.items()}

@@ -24,6 +24,7 @@ from torch_or_skip import (
     new,
     new_parameters,
     optim,
+    outcome,
     parameters,
     same_bits,
     torch,
@@ -376,6 +377,98 @@ def test_copy_on_write() -> None:
         p.grad = torch.ones(1000)
         optim.SGD([p], lr=0.5).step()
         assert (p == 0.5).all() and (pair[1 - written] == 1).all()
+
+
+# --- shared memory ----------------------------------------------------------------------------------------------------
+
+
+def covered_and_strided(base: Any) -> list[Any]:
+    return [torch.nn.Parameter(base), torch.nn.Parameter(base[:, 0])]
+
+
+def real_and_complex(base: Any) -> list[Any]:
+    values = torch.view_as_complex(base.reshape(-1, 2))
+    return [torch.nn.Parameter(torch.view_as_real(values)), torch.nn.Parameter(values)]
+
+
+@pytest.mark.parametrize("share", [covered_and_strided, real_and_complex])
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+def test_memory_shared_with_what_is_left_to_torch(share: Any, late: bool) -> None:
+    """The order of the updates counts."""
+    results = []
+    for module in (optim, torch.optim):
+        base = torch.arange(1.0, 17).reshape(4, 4)
+        params = share(base)
+        optimizer = module.SGD(share(base + 1) if late else params, lr=0.1, weight_decay=0.5)
+        for step in range(4):
+            if late and step == 1:
+                for p, q in zip(parameters(optimizer), params, strict=True):
+                    p.data = q.data
+            for p in parameters(optimizer):
+                p.grad = torch.arange(1.0, 1 + p.numel()).reshape(p.shape).to(p.dtype)
+            optimizer.step()
+        results.append(base)
+    torch.testing.assert_close(*results)
+
+
+GRADIENTS_IN_THE_WAY: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "another parameter": lambda o, p, q: q.detach(),
+    "another parameter, expanded": lambda o, p, q: q.detach()[:1].expand(3),
+    "own state": lambda o, p, q: o.state[p]["momentum_buffer"],
+    "another's state": lambda o, p, q: o.state[q]["momentum_buffer"],
+    "part of the parameter": lambda o, p, q: p.base[2:5],
+}
+
+
+@pytest.mark.parametrize("what", GRADIENTS_IN_THE_WAY)
+def test_gradient_lies_where_the_step_writes(what: str) -> None:
+    results = []
+    for module in (optim, torch.optim):
+        base = torch.arange(1.0, 7)
+        q, p = torch.nn.Parameter(torch.tensor([4.0, 5.0, 6.0])), torch.nn.Parameter(base[:3])
+        p.base = base
+        optimizer = module.SGD([q, p], lr=0.1, momentum=0.5)
+        q.grad, p.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+        for _ in range(3):
+            q.grad = torch.ones(3)
+            p.grad = GRADIENTS_IN_THE_WAY[what](optimizer, p, q)
+            found = outcome(optimizer.step)
+        results.append((found, q.detach(), p.detach()))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1:], results[1][1:])
+
+
+def test_nan_in_lion() -> None:
+    """In the kernel as in the loop for what it does not cover."""
+    results = []
+    for layout in (DENSE["contiguous"], NON_DENSE["holes"]):
+        p = torch.nn.Parameter(layout(torch.ones(SHAPE)))
+        optimizer = optim.Lion([p], lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            p.grad = torch.ones(SHAPE)
+            p.grad[0, 0, 0, 1] = float("nan")
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, equal_nan=True)
+    assert results[0].isnan().sum() == 1
+
+
+def test_nan_in_the_state_shows() -> None:
+    """torch.maximum of the second moments keeps it, whichever of the two it is in."""
+    for key in ("exp_avg_sq", "max_exp_avg_sq"):
+        results = []
+        for module in (optim, torch.optim):
+            p = torch.nn.Parameter(torch.ones(40))
+            optimizer = module.Adam([p], lr=0.1, amsgrad=True)
+            for step in range(3):
+                p.grad = torch.arange(1.0, 41)
+                optimizer.step()
+                if step == 0:
+                    optimizer.state[p][key][7] = float("nan")
+            results.append([p.detach(), *optimizer.state[p].values()])
+        torch.testing.assert_close(*results, equal_nan=True)
+        assert results[0][0].isnan().sum() == 1
 
 
 # --- older torch ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import pytest
 from test_torch_mixed import SPARSE_WARNING, mixed, mixed_gradients, uncovered_of
 from torch_or_skip import Twins, brief, optim, parameters, random_gradients, same_bits, small, torch
 
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # isort: skip
+
 
 class Scaled:
     """An optimizer with a scaler of its own, and its steps on given unscaled gradients."""
@@ -118,3 +120,67 @@ def test_mixed_model_with_grad_scaler(name: str) -> None:
         return values
 
     assert_scaler_agrees(twins, grads, 64.0)
+
+
+def clip(optimizer: Any, *_: Any) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters(optimizer), 1.0)
+
+
+def with_pre_hook(module: Any) -> Callable[[Any], Any]:
+    def build(params: Any) -> Any:
+        optimizer = module.SGD(params, lr=0.1)
+        optimizer.register_step_pre_hook(clip)
+        return optimizer
+
+    return build
+
+
+def with_global_hook(module: Any) -> Callable[[Any], Any]:
+    return lambda params: module.SGD(params, lr=0.1)
+
+
+def with_own_step(module: Any) -> Callable[[Any], Any]:
+    class Clipping(module.SGD):  # type: ignore[name-defined,misc]
+        def step(self, closure: Any = None) -> Any:
+            clip(self)
+            return super().step(closure)
+
+    return lambda params: Clipping(params, lr=0.1)
+
+
+def with_patched_step(module: Any) -> Callable[[Any], Any]:
+    def build(params: Any) -> Any:
+        optimizer = module.SGD(params, lr=0.1)
+        step = optimizer.step
+        optimizer.step = lambda: (clip(optimizer), step())
+        return optimizer
+
+    return build
+
+
+@pytest.mark.parametrize("build", [with_pre_hook, with_global_hook, with_own_step, with_patched_step])
+def test_who_looks_at_gradients_sees_them_unscaled(build: Any) -> None:
+    """Hooks and steps of the user's own: the scaler unscales, and an inf skips them."""
+    handle = register_optimizer_step_pre_hook(clip) if build is with_global_hook else None
+    results = []
+    for module in (optim, torch.optim):
+        p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        optimizer = build(module)([p])
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = (p * p * 3).sum() * (float("inf") if step == 1 else 1)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(p.detach())
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
+def test_scheduler_leaves_the_unscaling_to_the_pass() -> None:
+    """It wraps the step of the optimizer."""
+    optimizer = optim.SGD([torch.nn.Parameter(torch.ones(3))], fused=True)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert "step" in vars(optimizer) and optimizer._step_supports_amp_scaling

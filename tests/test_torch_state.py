@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -275,3 +275,107 @@ def test_nothing_is_kept_alive() -> None:
     assert gradient() is None
     del p, optimizer
     assert parameter() is None and owner() is None
+
+
+def stepped(name: str, edit: Callable[[Any, list[Any]], Any], steps: int = 3, **options: Any) -> list[Any]:
+    """Parameters of ours and of torch's after a step, an edit and more steps, or how these fail."""
+    results = []
+    for module in (optim, torch.optim):
+        params = new_parameters((4,), (3,), dtype=torch.float64)
+        optimizer = getattr(module, name)(params, lr=0.1, **options)
+        for step in range(steps):
+            for i, p in enumerate(params):
+                p.grad = torch.arange(1.0, 1 + p.numel(), dtype=p.dtype) * (i + 1)
+            found = outcome(optimizer.step)
+            if step == 0:
+                edit(optimizer, params)
+        results.append((found[0] if found else None, params))
+    return results
+
+
+def assert_both_stepped(name: str, edit: Callable[[Any, list[Any]], Any], steps: int = 3, **options: Any) -> None:
+    (found, ours), (expected, theirs) = stepped(name, edit, steps, **options)
+    assert found == expected
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [-1.0, -2.0, -3.0, 0.5, float("nan"), float("inf"), 1e19])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_step_that_is_no_count(name: str, value: float) -> None:
+    assert_both_stepped(name, lambda o, params: o.state[params[0]]["step"].fill_(value), 2)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adagrad"])
+def test_step_shared_by_parameters(name: str) -> None:
+    def share(optimizer: Any, params: list[Any]) -> None:
+        optimizer.state[params[0]]["step"] = optimizer.state[params[1]]["step"]
+
+    assert_both_stepped(name, share, 5)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_state_with_its_negative_bit_set(key: str) -> None:
+    def negate(optimizer: Any, params: list[Any]) -> None:
+        state = optimizer.state[params[1]]
+        state[key] = torch._neg_view(-state[key])
+
+    assert_both_stepped("Adam", negate, 4)
+
+
+@pytest.mark.parametrize("what", ["params", "param_groups", "group", "state"])
+def test_containers_of_other_types(what: str) -> None:
+    def wrap(optimizer: Any, params: list[Any]) -> None:
+        if what == "params":
+            optimizer.param_groups[0]["params"] = tuple(params)
+        elif what == "param_groups":
+            optimizer.param_groups = tuple(optimizer.param_groups)
+        elif what == "group":
+            optimizer.param_groups[0] = OrderedDict(optimizer.param_groups[0])
+        else:
+            optimizer.state[params[0]] = OrderedDict(optimizer.state[params[0]])
+
+    assert_both_stepped("Adam", wrap, 4)
+
+
+def test_state_is_no_dict() -> None:
+    """Refused before anything has changed."""
+    for edit in (
+        lambda o, p: o.state.__setitem__(p, UserDict(o.state[p])),
+        lambda o, p: setattr(o, "state", UserDict(o.state)),
+    ):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        optimizer = optim.Adam([p])
+        optimizer.step()
+        edit(optimizer, p)
+        before = p.detach().clone()
+        with pytest.raises(TypeError, match="UserDict, must be a dict"):
+            optimizer.step()
+        assert same_bits(p.detach(), before)
+
+
+@each
+def test_what_is_removed_is_freed(name: str) -> None:
+    """A group and its parameter after the next step, the old state at once."""
+    p, q = new_parameters((3,), (4,))
+    optimizer = getattr(optim, name)([{"params": [p]}, {"params": [q]}], lr=0.1)
+    for each_parameter in (p, q):
+        each_parameter.grad = torch.ones_like(each_parameter)
+    optimizer.step()
+    states = [weakref.ref(v) for s in optimizer.state.values() for v in s.values() if v is not None]
+    optimizer.state.clear()
+    assert not any(state() is not None for state in states)
+    parameter = weakref.ref(q)
+    optimizer.param_groups.pop()
+    optimizer.step()
+    del q, each_parameter
+    assert parameter() is None
+
+
+def test_copy_of_the_attributes() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = optim.Adam([p])
+    optimizer.step()
+    copied = copy.deepcopy(dict(vars(optimizer)))
+    assert len(copied["state"]) == len(pickle.loads(pickle.dumps(dict(vars(optimizer))))["state"]) == 1

@@ -26,6 +26,8 @@ from torch_or_skip import (
     torch,
 )
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # isort: skip
+from torch.fx.experimental.proxy_tensor import make_fx  # isort: skip
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook  # isort: skip
 
 
@@ -367,3 +369,111 @@ def test_subclass(name: str) -> None:
     assert mine.step() is None and wrapped(plain) is None
     assert mine.calls == 1
     assert all(same_bits(p, q) for p, q in zip(parameters(mine), parameters(plain), strict=True))
+
+
+# --- who follows what torch computes ----------------------------------------------------------------------------------
+
+
+def moved(module: Any) -> Any:
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.arange(1.0, 13).reshape(4, 3).t()
+    return module.SGD([p], lr=0.1), p
+
+
+def test_fake_tensor_mode() -> None:
+    results = []
+    for module in (optim, torch.optim):
+        optimizer, p = moved(module)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            optimizer.step()
+        results.append(p.detach().clone())
+    assert same_bits(*results)
+
+
+def test_saved_tensors_may_be_written() -> None:
+    results = []
+    for module in (optim, torch.optim):
+        p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        optimizer = module.SGD([p], lr=0.1)
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            loss = (p * p).sum()
+            p.grad = torch.full((2,), 5.0)
+            optimizer.step()
+            p.grad = None
+            loss.backward()
+        results.append(p.grad)
+    assert same_bits(*results) and results[0].tolist() == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_traced_step() -> None:
+    def run(module: Any) -> Callable[[Any, Any], Any]:
+        def step(value: Any, gradient: Any) -> Any:
+            p = value.detach()
+            p.grad = gradient * 1.0
+            module.SGD([p], lr=0.1).step()
+            return p + 0
+
+        return step
+
+    inputs = torch.ones(2), torch.full((2,), 3.0)
+    for trace in (make_fx, lambda f: lambda *args: torch.jit.trace(f, args, check_trace=False)):
+        ours, theirs = (trace(run(module))(torch.ones(2), torch.ones(2)) for module in (optim, torch.optim))
+        outputs = [f(*(x.clone() for x in inputs)) for f in (ours, theirs)]
+        assert same_bits(*outputs) and not same_bits(outputs[0], inputs[0])
+
+
+# --- groups as they come ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra", [torch.ones(5), np.ones(5), [torch.ones(2)], (np.ones(3),), torch.empty(0), "text", {"a": 1}], ids=repr
+)
+def test_extra_keys_of_groups(extra: Any) -> None:
+    results = []
+    for module in (optim, torch.optim):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = module.Adam([{"params": [p], "extra": extra}], lr=0.1)
+        for _ in range(2):
+            p.grad = torch.ones(3)
+            optimizer.step()
+        assert optimizer.param_groups[0]["extra"] is extra
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("betas", [np.array([0.5, 0.75]), torch.tensor([0.5, 0.75])], ids=["array", "tensor"])
+def test_betas_in_one_array(betas: Any) -> None:
+    results = []
+    for module in (optim, torch.optim):
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = module.Adam([p], lr=0.1)
+        optimizer.param_groups[0]["betas"] = betas
+        for _ in range(2):
+            p.grad = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_initial_accumulator_value_is_the_constructors() -> None:
+    results = []
+    for module in (optim, torch.optim):
+        p, q = new_parameters((3,), (3,))
+        optimizer = module.Adagrad([p], lr=0.1, initial_accumulator_value=0.5)
+        optimizer.add_param_group({"params": [q], "initial_accumulator_value": 5.0})
+        p.grad = q.grad = torch.ones(3)
+        optimizer.step()
+        results.append([p.detach(), q.detach()])
+    torch.testing.assert_close(*results)
+
+
+def test_step_in_inference_mode_and_then_outside() -> None:
+    results = []
+    for module in (optim, torch.optim):
+        optimizer, p = moved(module)
+        with torch.inference_mode():
+            optimizer.step()
+        optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)

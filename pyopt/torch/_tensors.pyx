@@ -13,6 +13,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyopt._engine cimport STATES
 from pyopt._table cimport Row, Table, View, end_of, same_order, same_shape
+from pyopt.parameter import label
 
 from struct import pack
 
@@ -73,6 +74,8 @@ cdef enum:
     CPU = 1  # kDLCPU
     FLOAT = 2  # kDLFloat
 
+cdef double MOST_STEPS = 2.0 ** 53  # beyond, a double does not count
+
 
 cdef DLPackExchangeAPI *exchange = NULL
 
@@ -119,9 +122,11 @@ cdef bint is_dense(const View *v) noexcept:
 cdef class TensorRow(Row):
     """A parameter tensor."""
     cdef list layouts  # shapes and strides behind the views, where they do not come from the exchange API
-    cdef char *begin[1 + STATES]  # where parameter and state lay at the last step
-    cdef char *end[1 + STATES]
+    cdef char *begin[2 + STATES]  # where parameter, step count and state lay at the last step, by place
+    cdef char *end[2 + STATES]
     cdef View step
+    cdef bint step_moved
+    cdef bint covered  # whether the parameter is of the kind that the kernels step
     cdef object copy  # a gradient in the parameter's memory order, where its own is another
     cdef bint shared  # with another parameter's or state's memory
 
@@ -160,9 +165,11 @@ cdef class TensorRow(Row):
 
     cdef bint moved(self, int place, const View *view) noexcept:
         """Whether what a step writes lies elsewhere than at the last step."""
-        cdef char *end = end_of(view)
-        cdef bint moved = view.data != self.begin[place] or end != self.end[place]
-        self.begin[place] = view.data
+        return self.lies(place, view.data, end_of(view))
+
+    cdef bint lies(self, int place, char *begin, char *end) noexcept:
+        cdef bint moved = begin != self.begin[place] or end != self.end[place]
+        self.begin[place] = begin
         self.end[place] = end
         return moved
 
@@ -172,6 +179,7 @@ cdef class TensorRow(Row):
             self.param, self.index, self.copy = param, index, None
             self.shared = False
         self.reason = self.names = None
+        self.covered = False
         if type(param) is not parameter_type and type(param) is not tensor_type:
             self.reason = f"it is a {type(param).__name__}, not a plain tensor"
         elif not self.look(param, &self.p, 0):
@@ -179,9 +187,9 @@ cdef class TensorRow(Row):
         elif not is_dense(&self.p):
             self.reason = f"its elements do not lie side by side: shape {tuple(param.shape)}, strides {param.stride()}"
         if self.reason is not None:
-            moved = self.end[0] != NULL
-            self.end[0] = NULL
-            return moved
+            begin, end = extent(param)
+            return self.lies(0, <char *><size_t>begin, <char *><size_t>end)
+        self.covered = True
         moved = self.moved(0, &self.p)
         if not not_negated(param) or moved and param.is_inference():
             self.reason = "it is an inference tensor" if param.is_inference() else "its negative bit is set"
@@ -205,17 +213,28 @@ cdef class TensorRow(Row):
         if self.step.size != 1:
             self.leave("its state 'step' has more than one element")
             return 1
-        return <Py_ssize_t>self.count() + 1
+        cdef double count = self.count()
+        if not (0 <= count < MOST_STEPS and count == <Py_ssize_t>count):
+            self.leave(f"its state 'step' is {count}")
+            return 1
+        if self.moved(1, &self.step):
+            self.step_moved = True
+            if not not_negated(<object>step):
+                self.end[1] = NULL
+                self.leave("its state 'step' has its negative bit set")
+                return 1
+        return <Py_ssize_t>count + 1
 
     cdef double count(self) noexcept:
         return (<double *>self.step.data)[0] if self.step.itemsize == 8 else (<float *>self.step.data)[0]
 
     cdef bint bind_state(self, Table table, tuple names) except -1:
         cdef PyObject *array
-        cdef bint moved = False
+        cdef bint moved = self.step_moved
         cdef int j
+        self.step_moved = False
         if not self.active:
-            return False
+            return moved
         self.names = names
         for j in range(STATES):
             self.s[j].data = NULL
@@ -227,11 +246,17 @@ cdef class TensorRow(Row):
                     or not same_shape(&self.p, &self.s[j]) or not same_order(&self.p, &self.s[j])):
                 self.leave(f"its state {names[j]!r} is of another dtype, shape or memory order")
                 return True
-            moved |= self.moved(1 + j, &self.s[j])
+            if self.moved(2 + j, &self.s[j]):
+                moved = True
+                if not not_negated(<object>array):
+                    self.end[2 + j] = NULL
+                    self.leave(f"its state {names[j]!r} has its negative bit set")
+                    return True
         return moved
 
     cdef void *take_gradient(self, Table table) except? NULL:
         cdef View g
+        cdef bint in_order
         grad = self.grad  # held until the end of the step, whatever becomes of param.grad meanwhile
         if type(grad) is not tensor_type:
             self.leave(f"its gradient is a {type(grad).__name__}, not a plain tensor")
@@ -242,11 +267,13 @@ cdef class TensorRow(Row):
         if not same_shape(&self.p, &g):
             self.leave(f"its gradient has shape {tuple(grad.shape)}")
             return NULL
-        if (same_order(&self.p, &g) and <size_t>g.data % g.itemsize == 0
-                and not_negated(grad)
-                and not table.will_be_written(self, g.data, g.size * g.itemsize)):
+        in_order = same_order(&self.p, &g)
+        if table.will_be_written(self, g.data, g.size * g.itemsize if in_order else reach(&g)):
+            (<TensorTable>table).tangled = True
             return g.data
-        with torch.no_grad():
+        if in_order and <size_t>g.data % g.itemsize == 0 and not_negated(grad):
+            return g.data
+        with torch.inference_mode(False), torch.no_grad():
             if self.copy is None or self.copy.stride() != self.param.stride() or self.copy.dtype != self.param.dtype:
                 self.copy = torch.empty_like(self.param)
             self.copy.copy_(grad)
@@ -263,9 +290,37 @@ cdef class TensorRow(Row):
         return 0
 
     cdef int list_ranges(self, list ranges) except -1:
-        if self.reason is None or self.shared:
+        """Where the row is torch's, its parameter all the same: a covered one may share its memory."""
+        what = label(self.index, self.param)
+        if self.covered:
             Row.list_ranges(self, ranges)
+            if self.names is not None and self.step.data != NULL:
+                ranges.append((<size_t>self.begin[1], <size_t>self.end[1], f"{what}: state 'step'", self.index))
+        else:
+            ranges.append((<size_t>self.begin[0], <size_t>self.end[0], what, self.index))
         return 0
+
+
+cdef Py_ssize_t reach(const View *v) noexcept:
+    """Bytes from the first element of a tensor to the end of its last; torch has no negative strides."""
+    cdef Py_ssize_t last = 0
+    cdef int axis
+    if v.size == 0:
+        return 0
+    for axis in range(v.ndim):
+        last += (v.shape[axis] - 1) * v.strides[axis]
+    return (last + 1) * v.itemsize
+
+
+def extent(tensor):
+    """Begin and end of the memory of a tensor of any kind, (0, 0) where it has none of its own."""
+    try:
+        if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() and tensor.data_ptr():
+            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+            return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    except (RuntimeError, ValueError):  # wrappers, uninitialized parameters
+        pass
+    return 0, 0
 
 
 def describe(tensor):
@@ -282,6 +337,7 @@ cdef class TensorTable(Table):
     """The tensors of one torch optimizer."""
     # The parameters of the last step: a list as long, made anew, has malloc tidy up all gradients freed since.
     cdef list written
+    cdef bint tangled  # whether a gradient lies where the step will write
 
     def __cinit__(self):
         self.written = []
@@ -318,6 +374,13 @@ cdef class TensorTable(Table):
         return 0
 
     cdef int before_sweep(self, optimizer) except -1:
+        cdef Row row
+        if self.tangled:  # the order of the updates matters: torch goes one by one
+            self.tangled = False
+            self.count = 0
+            for row in self.rows:
+                if row.active:
+                    (<TensorRow>row).leave("a gradient shares memory with what the step writes")
         if self.leaves():
             left = [(g, p) for g, p, reason in self.paths(optimizer) if reason is not None and p.grad is not None]
             if left:
@@ -365,12 +428,14 @@ cdef class TensorTable(Table):
                 for k in (last[3], each[3]):
                     row = self.rows[k]
                     (<TensorRow>row).shared = True
-                    (<TensorRow>row).leave("it shares memory with another parameter")
+                    if row.reason is None:
+                        (<TensorRow>row).leave("it shares memory with another parameter")
             if last is None or each[1] > last[1]:
                 last = each
         return ordered
 
     cdef int release(self) except -1:
         for k in range(len(self.rows)):
-            (<Row>self.rows[k]).grad = None
+            (<Row>self.rows[k]).grad = (<Row>self.rows[k]).state = None
+        self.states = None
         return 0

@@ -64,7 +64,8 @@ class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
             if not state:
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             m = state["exp_avg"]
-            direction = (beta1 * m + (1 - beta1) * g).sign()
+            direction = beta1 * m + (1 - beta1) * g
+            direction = torch.where(direction.isnan(), direction, direction.sign())
             p.mul_(1 - h["lr"] * h["weight_decay"]).sub_(direction, alpha=h["lr"])
             m.mul_(beta2).add_(g, alpha=1 - beta2)
 

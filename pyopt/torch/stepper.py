@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
+from torch.optim import optimizer as torch_optimizer
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import pyopt
 from pyopt._engine import Rule
 from pyopt.torch._tensors import TensorTable
 
 Group = dict[str, Any]
+GLOBAL_HOOKS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
 
 
 class Stepper:
@@ -21,17 +26,18 @@ class Stepper:
 
     Covered are dense float32 and float64 tensors on the CPU, with gradients of any memory order. What is not (sparse
     gradients, complex and half precision, other devices, tensor subclasses, `differentiable=True`, parameters whose
-    elements do not lie side by side or that share memory) takes the for-loop of torch's own step, per parameter.
+    elements do not lie side by side or that share memory) takes the for-loop of torch's own step, per parameter; so
+    does all of a step that a dispatch mode, a tracer or forward-mode differentiation follows.
     """
-
-    # What torch.amp.GradScaler asks for: it then hands over grad_scale and found_inf instead of writing the gradients.
-    _step_supports_amp_scaling = True
 
     core: ClassVar[type[pyopt.Optimizer]]
     rule: ClassVar[Rule | None]
     counts_steps: ClassVar[bool]
     state: Any
+    defaults: Group
     param_groups: list[Group]
+    _optimizer_step_pre_hooks: dict[int, Any]
+    _optimizer_step_post_hooks: dict[int, Any]
 
     def __init_subclass__(cls, core: type[pyopt.Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -48,8 +54,26 @@ class Stepper:
         if found_inf is not None and float(found_inf):
             return loss
         factor = 1.0 if grad_scale is None else float(torch.as_tensor(grad_scale, dtype=torch.float64).reciprocal())
-        self._rows().step(self, None, factor)
+        if _watched():
+            groups = enumerate(self.param_groups)
+            self.step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
+        else:
+            self._rows().step(self, None, factor)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler hands over grad_scale and found_inf, and leaves the gradients as they are.
+
+        Not where hooks or a step of the user's own see them: they expect gradients without the scale.
+        """
+        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *GLOBAL_HOOKS)
+        step = inspect.unwrap(self.step)
+        return not any(hooks) and getattr(step, "__func__", step) is Stepper.step
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, supports: bool) -> None:
+        """torch's constructors set it with fused=True."""
 
     def _rows(self) -> TensorTable:
         table = self.__dict__.get("_table")
@@ -87,7 +111,7 @@ class Stepper:
             double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
             state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
         for name in filter(None, self.state_streams(group) or ()):
-            value = self.core.initial_value(self, name, group)  # type: ignore[arg-type]
+            value = self.core.initial_value(self, name, self.defaults)  # type: ignore[arg-type]
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
         return state
 
@@ -119,6 +143,12 @@ class Stepper:
             self.__dict__.update(hidden)
             for p, grad in grads.items():
                 p.grad = grad
+
+
+def _watched() -> bool:
+    """Whether somebody follows what torch computes: dispatch modes, tracers, forward-mode differentiation."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or is_in_torch_dispatch_mode() or forward_ad._current_level >= 0
 
 
 def _torch_step(cls: type) -> Callable[..., Any]:
