@@ -227,7 +227,7 @@ cdef class Table:
         cdef Row row
         cdef Py_ssize_t k
         if self.busy:
-            raise RuntimeError(f"{type(optimizer).__name__}.step() is already running in another thread")
+            raise RuntimeError("step() of this optimizer is already running in another thread")
         self.busy = True
         try:
             self.collect(optimizer, grads)

@@ -232,7 +232,7 @@ def test_two_threads_on_one_optimizer_get_an_error() -> None:
                 errors.append(str(error))
 
     optimizer.step(grads=[Meddling()])
-    assert errors == ["Adam.step() is already running in another thread"]
+    assert errors == ["step() of this optimizer is already running in another thread"]
     assert optimizer.state[p]["step"] == 1
     optimizer.step(grads=[np.ones(10, np.float32)])
     assert optimizer.state[p]["step"] == 2

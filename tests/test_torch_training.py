@@ -371,6 +371,26 @@ def test_subclass(name: str) -> None:
     assert all(same_bits(p, q) for p, q in zip(parameters(mine), parameters(plain), strict=True))
 
 
+def test_attributes_of_a_subclass() -> None:
+    """Its names are its own."""
+
+    class Own(optim.Adam):  # type: ignore[name-defined,misc]
+        def __init__(self, params: Any) -> None:
+            super().__init__(params)
+            for name in NAMES:
+                setattr(self, name, {})
+
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = Own([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+
+
+NAMES = ["core", "rule", "reason", "scalars", "checks", "counts_steps", "state_names", "state_streams", "check_group"]
+NAMES += ["new_state", "step_by_torch", "initial_value", "table", "_table", "rows", "_rows", "kernel", "update"]
+
+
 # --- who follows what torch computes ----------------------------------------------------------------------------------
 
 

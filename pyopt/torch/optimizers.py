@@ -52,7 +52,7 @@ class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+    def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
         for index, p in left:
             assert p.grad is not None
             if p.grad.is_sparse:

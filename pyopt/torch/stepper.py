@@ -14,7 +14,6 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import pyopt
-from pyopt._engine import Rule
 from pyopt.torch._tensors import TensorTable
 
 Group = dict[str, Any]
@@ -30,9 +29,7 @@ class Stepper:
     does all of a step that a dispatch mode, a tracer or forward-mode differentiation follows.
     """
 
-    core: ClassVar[type[pyopt.Optimizer]]
-    rule: ClassVar[Rule | None]
-    counts_steps: ClassVar[bool]
+    _core: ClassVar[type[pyopt.Optimizer]]
     state: Any
     defaults: Group
     param_groups: list[Group]
@@ -42,7 +39,7 @@ class Stepper:
     def __init_subclass__(cls, core: type[pyopt.Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if core is not None:
-            cls.core, cls.rule, cls.counts_steps = core, core.rule, core.counts_steps
+            cls._core = core
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, once; returns what the closure returned, or None."""
@@ -56,9 +53,9 @@ class Stepper:
         factor = 1.0 if grad_scale is None else float(torch.as_tensor(grad_scale, dtype=torch.float64).reciprocal())
         if _watched():
             groups = enumerate(self.param_groups)
-            self.step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
+            self._step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
         else:
-            self._rows().step(self, None, factor)
+            _table(self).step(Side(self), None, factor)
         return loss
 
     @property
@@ -75,49 +72,7 @@ class Stepper:
     def _step_supports_amp_scaling(self, supports: bool) -> None:
         """torch's constructors set it with fused=True."""
 
-    def _rows(self) -> TensorTable:
-        table = self.__dict__.get("_table")
-        if table is None:  # torch's __getstate__ leaves it behind in copies
-            table = self.__dict__["_table"] = TensorTable()
-        return table
-
-    # --- what the table asks for --------------------------------------------------------------------------------------
-
-    def check_group(self, group: Group) -> None:
-        """torch checks in its constructors alone."""
-
-    def scalars(self, group: Group, step: int) -> dict[str, float]:
-        """The numbers of the rule; older torch has fewer hyper-parameters in its groups."""
-        return self.core.scalars(self, {**self.core.later, **group}, step)  # type: ignore[arg-type]
-
-    @property
-    def state_names(self) -> Any:
-        return self.core.state_names
-
-    def state_streams(self, group: Group) -> tuple[str | None, ...] | None:
-        """The state behind each stream of the rule, None for a group that is left to torch."""
-        return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
-
-    @staticmethod
-    def reason(group: Group) -> str | None:
-        """Why a whole group is left to torch."""
-        return next((f"{key}=True" for key in ("differentiable", "capturable") if group.get(key)), None)
-
-    @torch.no_grad()
-    def new_state(self, p: torch.Tensor, group: Group) -> dict[str, Any]:
-        """The state of a parameter before its first step, as torch makes it."""
-        state: dict[str, Any] = {}
-        if self.counts_steps:
-            double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
-        for name in filter(None, self.state_streams(group) or ()):
-            value = self.core.initial_value(self, name, self.defaults)  # type: ignore[arg-type]
-            state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
-        return state
-
-    # --- torch's own step ---------------------------------------------------------------------------------------------
-
-    def step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+    def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
         """Torch's step on these parameters alone; on the CPU its for-loop, since its fused kernels ignore strides."""
         subsets: dict[tuple[int, bool], list[torch.Tensor]] = defaultdict(list)
         for index, p in left:
@@ -143,6 +98,59 @@ class Stepper:
             self.__dict__.update(hidden)
             for p, grad in grads.items():
                 p.grad = grad
+
+
+class Side:
+    """What the table asks of an optimizer, answered for one of torch's by the pyopt optimizer behind it.
+
+    A class of its own, so that subclasses of the optimizer are free in their names.
+    """
+
+    def __init__(self, optimizer: Stepper) -> None:
+        self.optimizer = optimizer
+        self.core = core = optimizer._core
+        self.rule, self.counts_steps, self.state_names = core.rule, core.counts_steps, core.state_names
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def check_group(self, group: Group) -> None:
+        """torch checks in its constructors alone."""
+
+    def scalars(self, group: Group, step: int) -> dict[str, float]:
+        """The numbers of the rule; older torch has fewer hyper-parameters in its groups."""
+        return self.core.scalars(self, {**self.core.later, **group}, step)  # type: ignore[arg-type]
+
+    def state_streams(self, group: Group) -> tuple[str | None, ...] | None:
+        """The state behind each stream of the rule, None for a group that is left to torch."""
+        return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
+
+    @staticmethod
+    def reason(group: Group) -> str | None:
+        """Why a whole group is left to torch."""
+        return next((f"{key}=True" for key in ("differentiable", "capturable") if group.get(key)), None)
+
+    @torch.no_grad()
+    def new_state(self, p: torch.Tensor, group: Group) -> dict[str, Any]:
+        """The state of a parameter before its first step, as torch makes it."""
+        state: dict[str, Any] = {}
+        if self.counts_steps:
+            double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+        for name in filter(None, self.state_streams(group) or ()):
+            value = self.core.initial_value(self, name, self.defaults)  # type: ignore[arg-type]
+            state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
+        return state
+
+    def step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+        """The step of what is left to torch."""
+        self.optimizer._step_by_torch(left, factor)
+
+
+def _table(optimizer: Stepper) -> TensorTable:
+    """The optimizer's; torch's __getstate__ leaves it behind in copies."""
+    table = vars(optimizer).get("_pyopt_table")
+    if table is None:
+        table = vars(optimizer)["_pyopt_table"] = TensorTable()
+    return table
 
 
 def _watched() -> bool:
@@ -178,7 +186,7 @@ def explain(optimizer: Stepper) -> None:
     if not isinstance(optimizer, Stepper):
         raise TypeError(f"optimizer is a {type(optimizer).__module__} optimizer, must be one of pyopt.torch")
     place = 0
-    for index, p, reason in optimizer._rows().look(optimizer):
+    for index, p, reason in _table(optimizer).look(Side(optimizer)):
         group = optimizer.param_groups[index]
         place = place + 1 if p is not group["params"][0] else 0
         name = group["param_names"][place] if "param_names" in group else f"group {index}, parameter {place}"
