@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as torch_optimizer
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import pyopt
 from pyopt.torch._tensors import TensorTable
@@ -156,7 +156,7 @@ def _table(optimizer: Stepper) -> TensorTable:
 def _watched() -> bool:
     """Whether somebody follows what torch computes: dispatch modes, tracers, forward-mode differentiation."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or is_in_torch_dispatch_mode() or forward_ad._current_level >= 0
+    return tracing or _len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
 
 
 def _torch_step(cls: type) -> Callable[..., Any]:
