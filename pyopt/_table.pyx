@@ -331,7 +331,8 @@ cdef class Table:
         if k != len(self.rows):
             del self.rows[k:]
             changed = True
-        del self.seen[len(groups):], self.plain[len(groups):], self.names[len(groups):]
+        if len(self.seen) > len(groups):
+            del self.seen[len(groups):], self.plain[len(groups):], self.names[len(groups):]
         return changed
 
     cdef int reserve(self, Py_ssize_t n) except -1:
@@ -381,7 +382,7 @@ cdef class Table:
         return 0
 
     cdef bint will_be_written(self, Row row, char *begin, Py_ssize_t length) noexcept:
-        """Whether a gradient shares memory with a parameter or state: copied then, since the sweep has no order."""
+        """Whether a gradient shares memory with what the step writes: the sweep, without an order, must not read it."""
         cdef Py_ssize_t low = 0, high = self.n_ranges, k
         if row.gap_version == self.version and row.gap.begin <= begin and begin + length <= row.gap.end:
             return False

@@ -277,12 +277,12 @@ def test_nothing_is_kept_alive() -> None:
     assert parameter() is None and owner() is None
 
 
-def stepped(name: str, edit: Callable[[Any, list[Any]], Any], steps: int = 3, **options: Any) -> list[Any]:
-    """Parameters of ours and of torch's after a step, an edit and more steps, or how these fail."""
+def assert_both_stepped(name: str, edit: Callable[[Any, list[Any]], Any], steps: int) -> None:
+    """Ours and torch's come to the same after a step, an edit and more steps, or fail alike."""
     results = []
     for module in (optim, torch.optim):
         params = new_parameters((4,), (3,), dtype=torch.float64)
-        optimizer = getattr(module, name)(params, lr=0.1, **options)
+        optimizer = getattr(module, name)(params, lr=0.1)
         for step in range(steps):
             for i, p in enumerate(params):
                 p.grad = torch.arange(1.0, 1 + p.numel(), dtype=p.dtype) * (i + 1)
@@ -290,11 +290,7 @@ def stepped(name: str, edit: Callable[[Any, list[Any]], Any], steps: int = 3, **
             if step == 0:
                 edit(optimizer, params)
         results.append((found[0] if found else None, params))
-    return results
-
-
-def assert_both_stepped(name: str, edit: Callable[[Any, list[Any]], Any], steps: int = 3, **options: Any) -> None:
-    (found, ours), (expected, theirs) = stepped(name, edit, steps, **options)
+    (found, ours), (expected, theirs) = results
     assert found == expected
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
 

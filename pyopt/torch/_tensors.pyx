@@ -125,7 +125,6 @@ cdef class TensorRow(Row):
     cdef char *begin[2 + STATES]  # where parameter, step count and state lay at the last step, by place
     cdef char *end[2 + STATES]
     cdef View step
-    cdef bint step_moved
     cdef bint covered  # whether the parameter is of the kind that the kernels step
     cdef object copy  # a gradient in the parameter's memory order, where its own is another
     cdef bint shared  # with another parameter's or state's memory
@@ -217,12 +216,6 @@ cdef class TensorRow(Row):
         if not (0 <= count < MOST_STEPS and count == <Py_ssize_t>count):
             self.leave(f"its state 'step' is {count}")
             return 1
-        if self.moved(1, &self.step):
-            self.step_moved = True
-            if not not_negated(<object>step):
-                self.end[1] = NULL
-                self.leave("its state 'step' has its negative bit set")
-                return 1
         return <Py_ssize_t>count + 1
 
     cdef double count(self) noexcept:
@@ -230,12 +223,13 @@ cdef class TensorRow(Row):
 
     cdef bint bind_state(self, Table table, tuple names) except -1:
         cdef PyObject *array
-        cdef bint moved = self.step_moved
+        cdef bint moved = False
         cdef int j
-        self.step_moved = False
         if not self.active:
-            return moved
+            return False
         self.names = names
+        if table.counts_steps:
+            moved = self.follow(1, "step", &self.step)
         for j in range(STATES):
             self.s[j].data = NULL
             if names[j] is None:
@@ -246,13 +240,19 @@ cdef class TensorRow(Row):
                     or not same_shape(&self.p, &self.s[j]) or not same_order(&self.p, &self.s[j])):
                 self.leave(f"its state {names[j]!r} is of another dtype, shape or memory order")
                 return True
-            if self.moved(2 + j, &self.s[j]):
-                moved = True
-                if not not_negated(<object>array):
-                    self.end[2 + j] = NULL
-                    self.leave(f"its state {names[j]!r} has its negative bit set")
-                    return True
+            moved |= self.follow(2 + j, names[j], &self.s[j])
+            if not self.active:
+                return True
         return moved
+
+    cdef bint follow(self, int place, name, const View *view) except -1:
+        """Note where a state tensor lies; whether that is elsewhere now, where its negative bit may be set."""
+        if not self.moved(place, view):
+            return False
+        if not not_negated(self.state[name]):
+            self.end[place] = NULL
+            self.leave(f"its state {name!r} has its negative bit set")
+        return True
 
     cdef void *take_gradient(self, Table table) except? NULL:
         cdef View g
