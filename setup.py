@@ -6,6 +6,7 @@ import shutil
 import sys
 import sysconfig
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -22,6 +23,12 @@ X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
 MODULES = ["_engine", "_table", "torch._tensors", "_kernels", *LEVELS]
+# The limited API of Python 3.11; of NumPy the inline accessors of its arrays (_numpy_arrays.pxd), as of 2.0.
+MACROS = [
+    ("Py_LIMITED_API", "0x030b0000"),
+    ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+    ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+]
 
 DIRECTIVES = {
     "language_level": 3,
@@ -38,7 +45,8 @@ def extension(name: str) -> Extension:
     return Extension(
         f"pyopt.{name}",
         [f"pyopt/{name.replace('.', '/')}.pyx"],
-        define_macros=[("Py_LIMITED_API", "0x030b0000")],
+        include_dirs=[numpy.get_include()],
+        define_macros=MACROS,
         py_limited_api=True,
         extra_compile_args=[*LEVELS.get(name, BASELINE), *COMPILE_ARGS],
         extra_link_args=OPENMP,
