@@ -7,6 +7,7 @@ from typing import Any
 
 from pyopt import Optimizer
 from pyopt._isa import kernels
+from pyopt.checks import count
 from pyopt.optimizer import Group
 
 
@@ -14,7 +15,7 @@ class Roof(Optimizer):
     """Reads p, g and `states` arrays, writes p and the arrays; no value changes."""
 
     rule = kernels.roof
-    checks = {}
+    checks = {"states": count}
 
     def __init__(self, params: Iterable[Any], states: int) -> None:
         self.state_names = dict.fromkeys(["s", "t", "u"][:states])

@@ -15,18 +15,26 @@ import numpy as np
 Check = Callable[[str, Any], None]
 
 
-def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, below: float = math.inf) -> None:
-    """A finite real number with low <= value <= high and value < below."""
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """A finite real number with low <= value <= high and above < value < below."""
     if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} == {value!r}, must be a number, not {type(value).__name__}")
     try:
         x = float(value)
     except OverflowError:  # an int of hundreds of digits
         x = math.inf
-    if not (math.isfinite(x) and low <= x <= high and x < below):
-        upper = f" and < {below:g}" if below < math.inf else f" and <= {high:g}" if high < math.inf else ""
-        lower = f" and >= {low:g}" if low > -math.inf else ""
-        raise ValueError(f"{name} == {value!r}, must be finite{lower}{upper}")
+    if not (math.isfinite(x) and low <= x <= high and above < x < below):
+        bounds = {">=": low, "<=": high, ">": above, "<": below}
+        words = "".join(f" and {sign} {bound:g}" for sign, bound in bounds.items() if math.isfinite(bound))
+        raise ValueError(f"{name} == {value!r}, must be finite{words}")
 
 
 def non_negative(name: str, value: Any) -> None:
@@ -39,12 +47,31 @@ def fraction(name: str, value: Any) -> None:
     number(name, value, 0, 1)
 
 
-def betas(name: str, value: Any) -> None:
-    """A pair of numbers >= 0 and < 1."""
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Two of something."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} == {value!r}, must be a pair of numbers")
-    for i, beta in enumerate(value):
+    return value[0], value[1]
+
+
+def betas(name: str, value: Any) -> None:
+    """A pair of numbers >= 0 and < 1."""
+    for i, beta in enumerate(pair(name, value)):
         number(f"{name}[{i}]", beta, 0, below=1)
+
+
+def etas(name: str, value: Any) -> None:
+    """A factor that shrinks, > 0 and < 1, and one that grows, > 1."""
+    shrink, grow = pair(name, value)
+    number(f"{name}[0]", shrink, above=0, below=1)
+    number(f"{name}[1]", grow, above=1)
+
+
+def step_sizes(name: str, value: Any) -> None:
+    """The smallest step, > 0, and the largest."""
+    smallest, largest = pair(name, value)
+    number(f"{name}[0]", smallest, above=0)
+    number(f"{name}[1]", largest, low=smallest)
 
 
 def count(name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pyopt import checks
 from pyopt._engine import Rule
+from pyopt._options import LATER, check_declaration, check_options
 from pyopt._table import Table
 from pyopt.hooks import Hooks, RemovableHandle
 from pyopt.parameter import (
@@ -52,8 +53,9 @@ def _check_type(what: str, value: Any, kind: type) -> None:
 class Optimizer:
     """Base of all optimizers: parameter groups, state, hooks and checkpoints.
 
-    A subclass declares either a compiled rule (`rule`, `state_names`, `counts_steps`, `checks`, and the method
-    `scalars`: see pyopt/optimizers), or overrides `update` in plain NumPy.
+    A subclass declares either a compiled rule (`rule`, `state_names`, `counts_steps` and the method `scalars`: see
+    pyopt/optimizers), or overrides `update` in plain NumPy. Options with a usual name (lr, betas, eps, ...) are checked
+    by it; `checks` adds to that.
 
     Args:
         params: iterable of Parameter or ndarray, of (name, Parameter or ndarray), or of dicts: groups with the key
@@ -81,10 +83,15 @@ class Optimizer:
     state_names: ClassVar[Mapping[str, str | None]] = {}
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
-    # Per hyper-parameter: the check of its type and bounds.
-    checks: ClassVar[Mapping[str, checks.Check]] = {"lr": checks.non_negative}
-    # Hyper-parameters that checkpoints of older torch lack, and what they mean there.
-    later: ClassVar[Mapping[str, Any]] = {"maximize": False}
+    # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
+    checks: ClassVar[Mapping[str, checks.Check]] = {}
+    # Options that checkpoints of older torch lack, and what they mean there.
+    later: ClassVar[Mapping[str, Any]] = LATER
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).get("rule") is not None:
+            check_declaration(cls, cls.checks)
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         if isinstance(params, (np.ndarray, Parameter, str, Mapping, Set)) or not isinstance(params, Iterable):
@@ -146,9 +153,7 @@ class Optimizer:
         params = group["params"]
         if not isinstance(params, list) or not all(isinstance(p, Parameter) for p in params):
             raise TypeError(f"'params' of a param group is {type(params).__name__}, must be a list of Parameters")
-        for key, check in self.checks.items():
-            if key in defaults:
-                check(key, group[key])
+        check_options({key: group[key] for key in defaults}, self.checks)
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyopt._isa import kernels
-from pyopt.checks import flag, non_negative
 from pyopt.optimizer import Group, Optimizer
 
 
@@ -46,14 +45,6 @@ class Adagrad(Optimizer):
     rule = kernels.adagrad
     state_names = {"sum": None}
     counts_steps = True
-    checks = {
-        "lr": non_negative,
-        "lr_decay": non_negative,
-        "eps": non_negative,
-        "weight_decay": non_negative,
-        "initial_accumulator_value": non_negative,
-        "maximize": flag,
-    }
 
     def __init__(
         self,
@@ -68,14 +59,14 @@ class Adagrad(Optimizer):
     ) -> None:
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "lr_decay": lr_decay,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "initial_accumulator_value": initial_accumulator_value,
-                "maximize": maximize,
-            },
+            dict(
+                lr=lr,
+                lr_decay=lr_decay,
+                eps=eps,
+                weight_decay=weight_decay,
+                initial_accumulator_value=initial_accumulator_value,
+                maximize=maximize,
+            ),
         )
         for group in self.param_groups:
             for p in group["params"]:

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyopt._isa import kernels
-from pyopt.checks import betas as pair_of_betas
-from pyopt.checks import flag, non_negative
 from pyopt.optimizer import Group, Optimizer
 
 
@@ -52,16 +50,6 @@ class Adam(Optimizer):
     rule = kernels.adam
     state_names = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
     counts_steps = True
-    checks = {
-        "lr": non_negative,
-        "betas": pair_of_betas,
-        "eps": non_negative,
-        "weight_decay": non_negative,
-        "amsgrad": flag,
-        "maximize": flag,
-        "decoupled_weight_decay": flag,
-    }
-    later = {"maximize": False, "decoupled_weight_decay": False}
 
     def __init__(
         self,
@@ -77,15 +65,15 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "maximize": maximize,
-                "decoupled_weight_decay": decoupled_weight_decay,
-            },
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                amsgrad=amsgrad,
+                maximize=maximize,
+                decoupled_weight_decay=decoupled_weight_decay,
+            ),
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

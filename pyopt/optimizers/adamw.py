@@ -34,7 +34,7 @@ class AdamW(Adam):
     lr multiplies the decay.
     """
 
-    later = {"maximize": False, "decoupled_weight_decay": True}
+    later = {**Adam.later, "decoupled_weight_decay": True}
 
     def __init__(
         self,

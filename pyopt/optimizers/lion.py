@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyopt._isa import kernels
-from pyopt.checks import betas as pair_of_betas
-from pyopt.checks import flag, non_negative
 from pyopt.optimizer import Group, Optimizer
 
 
@@ -43,7 +41,6 @@ class Lion(Optimizer):
 
     rule = kernels.lion
     state_names = {"exp_avg": None}
-    checks = {"lr": non_negative, "betas": pair_of_betas, "weight_decay": non_negative, "maximize": flag}
 
     def __init__(
         self,
@@ -54,7 +51,7 @@ class Lion(Optimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyopt._isa import kernels
-from pyopt.checks import flag, fraction, non_negative
 from pyopt.optimizer import Group, Optimizer
 
 
@@ -51,15 +50,6 @@ class RMSprop(Optimizer):
     rule = kernels.rmsprop
     state_names = {"square_avg": None, "momentum_buffer": "momentum", "grad_avg": "centered"}
     counts_steps = True
-    checks = {
-        "lr": non_negative,
-        "momentum": non_negative,
-        "alpha": fraction,
-        "eps": non_negative,
-        "centered": flag,
-        "weight_decay": non_negative,
-        "maximize": flag,
-    }
 
     def __init__(
         self,
@@ -74,15 +64,15 @@ class RMSprop(Optimizer):
     ) -> None:
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "alpha": alpha,
-                "eps": eps,
-                "centered": centered,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-            },
+            dict(
+                lr=lr,
+                momentum=momentum,
+                alpha=alpha,
+                eps=eps,
+                centered=centered,
+                weight_decay=weight_decay,
+                maximize=maximize,
+            ),
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

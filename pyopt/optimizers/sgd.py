@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from pyopt._isa import kernels
-from pyopt.checks import flag, non_negative, number
 from pyopt.optimizer import Group, Optimizer
 
 
@@ -45,14 +44,6 @@ class SGD(Optimizer):
 
     rule = kernels.sgd
     state_names = {"momentum_buffer": "momentum"}
-    checks = {
-        "lr": non_negative,
-        "momentum": non_negative,
-        "dampening": number,
-        "weight_decay": non_negative,
-        "nesterov": flag,
-        "maximize": flag,
-    }
 
     def __init__(
         self,
@@ -67,14 +58,14 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(
             params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "maximize": maximize,
-            },
+            dict(
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+                maximize=maximize,
+            ),
         )
 
     def check_group(self, group: Group) -> None:

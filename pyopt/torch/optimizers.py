@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import pyopt
+from pyopt._options import check_options
 from pyopt.checks import plain
 from pyopt.torch.stepper import Stepper
 
@@ -47,8 +48,7 @@ class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
         maximize: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        for name, check in pyopt.Lion.checks.items():
-            check(name, defaults[name])
+        check_options(defaults, pyopt.Lion.checks)
         super().__init__(params, defaults)
 
     @torch.no_grad()
