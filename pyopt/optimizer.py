@@ -12,7 +12,7 @@ import numpy as np
 from pyopt import checks
 from pyopt._engine import Rule
 from pyopt._options import LATER, check_declaration, check_options
-from pyopt._table import Table
+from pyopt._arrays import ArrayWorkspace
 from pyopt.hooks import Hooks, RemovableHandle
 from pyopt.parameter import (
     Parameter,
@@ -83,6 +83,8 @@ class Optimizer:
     state_names: ClassVar[Mapping[str, str | None]] = {}
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
+    # Further numbers that the state keeps per parameter, and what each is at first.
+    number_states: ClassVar[tuple[str, ...]] = ()
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Options that checkpoints of older torch lack, and what they mean there.
@@ -106,7 +108,7 @@ class Optimizer:
         self._state_dict_post_hooks = Hooks()
         self._load_state_dict_pre_hooks = Hooks()
         self._load_state_dict_post_hooks = Hooks()
-        self._table = Table()
+        self._workspace = ArrayWorkspace()
         groups = list(params)
         if not groups:
             raise ValueError("params is empty, must hold at least one parameter")
@@ -205,7 +207,7 @@ class Optimizer:
             if len(grads) != expected:
                 raise ValueError(f"grads has {len(grads)} items, must have {expected}: one per parameter")
         if self.rule is not None:
-            self._table.step(self, grads)
+            self._workspace.step(self, grads)
         else:
             self._step_in_numpy(grads)
         return loss
@@ -452,11 +454,11 @@ class Optimizer:
     # --- copies and print -------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_table"}
+        return {key: value for key, value in self.__dict__.items() if key != "_workspace"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._table = Table()
+        self._workspace = ArrayWorkspace()
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
