@@ -74,7 +74,7 @@ cdef class Plan:
     cdef readonly tuple names
     cdef PyObject *name[STATES]
     cdef object first_name
-    cdef bint stateless
+    cdef bint stateless, finite
     cdef object too_large
 
 
@@ -103,12 +103,13 @@ cdef class Workspace:
     cdef int n_counts
     cdef bint counts_steps, armed
     cdef bint again  # the look, since Python code has run or must run
+    cdef bint unsteady  # other Python code has run than in a step that changes nothing but numbers
     cdef Py_ssize_t n_rows, n_work, n_written, cursor
     cdef double gradient_factor
 
-    cdef int begin(self) except -1
+    cdef int begin(self, bint wait) except -1
     cdef int give_back(self) noexcept
-    cdef int acquire(self, bint to_step) except -1
+    cdef int acquire(self, bint alone, bint wait) except -1
     cdef int collect(self, optimizer, list grads) except -1
     cdef Plan plan(self, optimizer, Py_ssize_t g, group)
     cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1
@@ -118,7 +119,7 @@ cdef class Workspace:
     cdef int look_once(self) except -1
     cdef int order_written(self) except -1
     cdef bint add_written(self, Py_ssize_t row, char *begin, char *end) except -1
-    cdef Py_ssize_t find_written(self, Row *row) noexcept
+    cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1
     cdef bint enter_states(self) except -1
     cdef int arm(self) except -1
     cdef int disarm(self) noexcept
@@ -131,6 +132,7 @@ cdef class Workspace:
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1
     cdef bint holds(self, PyObject *entry, name) except -1
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2
+    cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1
     cdef tuple read_counts(self, Row *row, Py_ssize_t index)
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1
     cdef bint look_at(self, Row *row, Py_ssize_t index, Work *work) except -1

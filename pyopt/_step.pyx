@@ -140,13 +140,22 @@ cdef bint is_as_seen(group, dict seen) except -1:
     return PyDict_GetItemWithError(group, "params") != NULL and PyDict_Size(group) - others == PyDict_Size(seen)
 
 
+cdef bint all_finite(dict options, known) except -1:
+    for name, value in options.items():
+        if name in known:
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, float) and not isfinite(x):
+                    return False
+    return True
+
+
 cdef object first_too_large(dict options, known):
     """The message for an option that is finite in double, and in float32 is not, or becomes 0."""
     for name, value in options.items():
         if name not in known:
             continue
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, (int, float)) and x != 0 and not FLT_TRUE_MIN / 2 < abs(x) <= FLT_MAX:
+            if isinstance(x, (int, float)) and x != 0 and not FLT_TRUE_MIN / 2 < abs(x) <= FLT_MAX and isfinite(x):
                 return f"{name} == {value!r}, must be a number of float32: at most 3.4e38, and at least 1.4e-45 if not 0"
     return None
 
@@ -184,7 +193,6 @@ cdef class Workspace:
         return type(self), ()  # a copy begins anew
 
     def __dealloc__(self):
-        self.end()
         PyThread_free_lock(self.lock)
         PyMem_Free(self.rows)
         PyMem_Free(self.work)
@@ -194,19 +202,19 @@ cdef class Workspace:
         PyMem_Free(self.ordered)
 
     def __enter__(self):
-        self.acquire(False)
+        self.acquire(False, True)
         return self
 
     def __exit__(self, *exc):
         self.give_back()
 
-    cdef int begin(self) except -1:
-        """Enter a step; RuntimeError if it has begun already."""
-        self.acquire(True)
+    cdef int begin(self, bint wait) except -1:
+        """Enter a step; RuntimeError if one has begun already, in another thread unless it waits for its end."""
+        self.acquire(True, wait)
         self.stepping = True
         return 0
 
-    cdef int acquire(self, bint to_step) except -1:
+    cdef int acquire(self, bint alone, bint wait) except -1:
         cdef unsigned long me = PyThread_get_thread_ident()
         cdef int got
         if self.forks != forks:
@@ -218,12 +226,12 @@ cdef class Workspace:
                 self.depth = 0
                 self.end()
         if self.depth and self.owner == me:
-            if to_step:
+            if alone:
                 raise RuntimeError("step() of this optimizer is already running: it was called from inside itself")
             self.depth += 1
             return 0
         if not PyThread_acquire_lock(self.lock, 0):
-            if to_step and self.stepping:
+            if self.stepping and not wait:
                 raise RuntimeError("step() of this optimizer is already running in another thread")
             while True:
                 with nogil:
@@ -249,7 +257,7 @@ cdef class Workspace:
         grads, where given, stand for the parameters' own, in the order of the groups; each is taken times
         gradient_factor.
         """
-        self.begin()
+        self.begin(False)
         try:
             self.gradient_factor = gradient_factor
             self.collect(optimizer, grads)
@@ -334,12 +342,15 @@ cdef class Workspace:
             return self.plans[g]
         if not isinstance(group, dict):
             raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
+        self.unsteady = True
         group = PyDict_Copy(group)  # as it is now, whatever other threads do to it
         plan = Plan.__new__(Plan)
         seen = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         optimizer.check_group(group)
         plan.options = plain(group)
         plan.names = optimizer.state_streams(plan.options)
+        if plan.names is not None and len(plan.names) > STATES:
+            raise ValueError(f"state_streams returned {plan.names}, must have at most {STATES} names")
         plan.first_name = "step" if self.counts_steps else None
         for j, name in enumerate(plan.names or ()):
             if name is not None:
@@ -348,6 +359,7 @@ cdef class Workspace:
                     plan.first_name = name
         plan.stateless = plan.first_name is None
         plan.too_large = first_too_large(plan.options, optimizer.defaults)
+        plan.finite = all_finite(plan.options, optimizer.defaults)
         plan.seen = seen if all(type(key) is str and is_constant(value) for key, value in seen.items()) else None
         return plan
 
@@ -374,6 +386,7 @@ cdef class Workspace:
             if not isinstance(made, dict):
                 raise TypeError(f"new_state returned a {type(made).__name__}, must return a dict")
             hold(&row.made, made)
+            self.unsteady = True
         source = row.made if row.made != NULL else row.entry
         for j in range(self.n_counts):
             name = self.count_names[j]
@@ -390,7 +403,8 @@ cdef class Workspace:
                 self.lacks(row, index, <object>plan.name[j])
                 return 2
             hold(&row.state[j], <object>array)
-        if self.counts_steps:
+        self.take_arrays(row, index)
+        if self.counts_steps and row.route == KERNEL:
             return self.read_step(row, index) + 1
         return 1 if row.made != NULL else 2
 
@@ -425,6 +439,8 @@ cdef class Workspace:
             scalars = {**scalars, "scale": scalars["scale"] * self.gradient_factor}
         while PyDict_Next(scalars, &position, &key, &value):
             x = <object>value
+            if not plan.finite:  # torch takes inf and NaN in a group, and they show in the result
+                break
             if not isfinite(x):
                 raise ValueError(f"{<object>key} == {x} in step {step}, must be finite: {options}")
             if fabs(x) > FLT_MAX and too_large is None:
@@ -450,7 +466,7 @@ cdef class Workspace:
 
     cdef int look_once(self) except -1:
         """Read the fields of all arrays, fill the work; `again` where Python code has run or must run."""
-        cdef Py_ssize_t k, writer, cost = 0
+        cdef Py_ssize_t k, cost = 0
         cdef Row *row
         cdef Work *w
         self.n_work = self.n_written = 0
@@ -477,9 +493,7 @@ cdef class Workspace:
             if row.read.begin < row.read.end and not (
                     row.free_version == self.version and row.known_free.begin <= row.read.begin
                     and row.read.end <= row.known_free.end):
-                writer = self.find_written(row)
-                if writer >= 0:
-                    self.tangle(k, writer)
+                self.find_tangles(row, k)
         return 0
 
     cdef bint add_written(self, Py_ssize_t row, char *begin, char *end) except -1:
@@ -522,24 +536,28 @@ cdef class Workspace:
             self.n_known = self.n_written
         return 0
 
-    cdef Py_ssize_t find_written(self, Row *row) noexcept:
-        """A row that writes where the gradient of this one lies, -1 if none does."""
+    cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1:
+        """Find all rows that write where the gradient of this one lies."""
         cdef Py_ssize_t low = 0, high = self.n_written, k
+        cdef char *begin = row.read.begin
+        cdef char *end = row.read.end
         while low < high:  # the first that begins at or behind the end of the gradient
             k = (low + high) // 2
-            if self.ordered[k].range.begin < row.read.end:
+            if self.ordered[k].range.begin < end:
                 low = k + 1
             else:
                 high = k
+        if low == 0 or self.ordered[low - 1].reach <= begin:
+            row.free_version = self.version
+            row.known_free.begin = self.ordered[low - 1].reach if low > 0 else NULL
+            row.known_free.end = self.ordered[low].range.begin if low < self.n_written else <char *>~<size_t>0
+            return 0
         k = low - 1
-        while k >= 0 and self.ordered[k].reach > row.read.begin:
-            if self.ordered[k].range.end > row.read.begin:
-                return self.ordered[k].row
+        while k >= 0 and self.ordered[k].reach > begin:
+            if self.ordered[k].range.end > begin:
+                self.tangle(index, self.ordered[k].row)
             k -= 1
-        row.free_version = self.version
-        row.known_free.begin = self.ordered[low - 1].reach if low > 0 else NULL
-        row.known_free.end = self.ordered[low].range.begin if low < self.n_written else <char *>~<size_t>0
-        return -1
+        return 0
 
     # --- arm and commit -----------------------------------------------------------------------------------------------
 
@@ -553,7 +571,7 @@ cdef class Workspace:
                 entry = {}
                 PyDict_SetItem(self.states, <object>row.param, entry)
                 hold(&row.entry, entry)
-                entered = True
+                entered = self.unsteady = True
         return entered
 
     cdef int arm(self) except -1:
@@ -631,7 +649,7 @@ cdef class Workspace:
         self.groups = self.params = self.new_plans = self.new_counts = self.slot_errors = self.new_copies = None
         self.states = None
         self.rule = None
-        self.stepping = False
+        self.stepping = self.unsteady = False
         return 0
 
     cdef int reserve(self, Py_ssize_t n) except -1:
@@ -666,6 +684,10 @@ cdef class Workspace:
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2:
         """How many steps the parameter has made."""
         raise NotImplementedError
+
+    cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1:
+        """Take the arrays behind the state."""
+        return 0
 
     cdef tuple read_counts(self, Row *row, Py_ssize_t index):
         """The other numbers that are kept for the parameter, as Python floats."""

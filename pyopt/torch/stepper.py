@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as torch_optimizer
 
 import pyopt
-from pyopt.torch._tensors import TensorTable
+from pyopt.torch._tensors import TensorWorkspace
 
 Group = dict[str, Any]
 GLOBAL_HOOKS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
@@ -110,6 +110,7 @@ class Side:
         self.optimizer = optimizer
         self.core = core = optimizer._core
         self.rule, self.counts_steps, self.state_names = core.rule, core.counts_steps, core.state_names
+        self.number_states = core.number_states
         self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
 
     def check_group(self, group: Group) -> None:
@@ -145,11 +146,11 @@ class Side:
         self.optimizer._step_by_torch(left, factor)
 
 
-def _table(optimizer: Stepper) -> TensorTable:
+def _table(optimizer: Stepper) -> TensorWorkspace:
     """The optimizer's; torch's __getstate__ leaves it behind in copies."""
     table = vars(optimizer).get("_pyopt_table")
     if table is None:
-        table = vars(optimizer)["_pyopt_table"] = TensorTable()
+        table = vars(optimizer)["_pyopt_table"] = TensorWorkspace()
     return table
 
 
@@ -186,7 +187,7 @@ def explain(optimizer: Stepper) -> None:
     if not isinstance(optimizer, Stepper):
         raise TypeError(f"optimizer is a {type(optimizer).__module__} optimizer, must be one of pyopt.torch")
     place = 0
-    for index, p, reason in _table(optimizer).look(Side(optimizer)):
+    for index, p, reason in _table(optimizer).explain(Side(optimizer)):
         group = optimizer.param_groups[index]
         place = place + 1 if p is not group["params"][0] else 0
         name = group["param_names"][place] if "param_names" in group else f"group {index}, parameter {place}"
