@@ -93,7 +93,10 @@ class Optimizer(Hooked):
         if not isinstance(param_group, Mapping):
             raise TypeError(f"param_group is a {type(param_group).__name__}, must be a dict with the key 'params'")
         if "params" not in param_group:
-            raise KeyError(f"param_group has no 'params', only {sorted(map(str, param_group))}")
+            raise KeyError(
+                f"param_group has no 'params', only {sorted(map(str, param_group))}; a list of mappings by name must "
+                "stand in a mapping itself: {'layers': [...]}"
+            )
         live = self._parameters()
         params, names, bare = as_parameters(param_group["params"], len(live))
         group = {"params": params, **{k: v for k, v in param_group.items() if k != "params"}}

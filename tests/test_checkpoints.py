@@ -95,6 +95,13 @@ def test_own_state_under_a_number(key):
         opt.state_dict()
 
 
+def test_state_that_is_no_dict():
+    opt, (_, p, _) = make(steps=1)
+    opt.state[p] = [1]
+    with pytest.raises(TypeError, match="parameter 1: its state is a list"):
+        opt.state_dict()
+
+
 @CLASSES
 def test_own_state_from_before_the_first_step(cls, options):
     opt, params = make(cls, options)

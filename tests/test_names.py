@@ -97,6 +97,7 @@ BAD = {
     "keys": ({"a": G}.keys(), TypeError, ["dict_keys", "mapping itself"]),
     "set": ({1, 2, 3, 4}, TypeError, ["set", "mapping itself"]),
     "str": ("abcd", TypeError, ["str"]),
+    "number": (np.array(1.0), TypeError, ["grads", "ndarray"]),
     "shape": ({"w": G[:3], "head": {"b": G, "layers": LAYERS}}, ValueError, ["'w'", "(3,)"]),
 }
 
@@ -130,6 +131,7 @@ BAD_PARAMS = {
     "flax": ({"params": {"dense": {"kernel": np.ones(2)}}}, TypeError, ["params['params']"]),
     "empty": ({}, ValueError, ["empty"]),
     "empty items": ({}.items(), ValueError, ["empty"]),
+    "list of layers": ([{"w": np.ones(2)}, {"w": np.ones(2)}], KeyError, ["{'layers': [...]}"]),
     "None": ({"w": None}, TypeError, ["'w'", "None"]),
     "nested number": ({"a": {"b": [1.0]}}, TypeError, ["'a.b.0'", "float"]),
     "key": ({"a": {0: np.ones(2)}}, TypeError, ["a", "0", "str"]),
