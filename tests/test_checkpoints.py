@@ -319,6 +319,24 @@ def test_arrays_that_fit_live_on(cls, options):
     assert all(v.any() or k != "slow" for (_, k), v in held.items())
 
 
+class Stubborn(np.ndarray):
+    def __setitem__(self, key, value):
+        raise RuntimeError("not written")
+
+
+@pytest.mark.parametrize("kind, kept", [(np.memmap, True), (Stubborn, False)])
+def test_live_arrays_of_a_subclass(kind, kept, tmp_path):
+    """Kept where copying into them runs no code of theirs, which could fail half-way."""
+    opt, params = make(SGD, {"momentum": 0.9}, steps=1)
+    p = params[2]
+    array = p.data.copy().view(Stubborn) if kind is Stubborn else np.memmap(tmp_path / "m", "float32", "w+", shape=5)
+    opt.state[p]["momentum_buffer"] = array
+    sd = make(SGD, {"momentum": 0.9}, steps=2)[0].state_dict()
+    opt.load_state_dict(sd)
+    assert (opt.state[p]["momentum_buffer"] is array) is kept
+    assert bits(np.asarray(opt.state[p]["momentum_buffer"])) == bits(sd["state"][2]["momentum_buffer"])
+
+
 def test_a_checkpoint_of_live_arrays_that_change_places():
     """What is copied into may be what is copied from."""
     opt, params = make(Adam, shapes=[(5,), (5,)], steps=2)
@@ -376,14 +394,14 @@ def test_interrupted_at_every_point(event):
 
 
 def test_deep_copies_that_fail_change_nothing():
-    class Stubborn:
+    class Unique:
         def __deepcopy__(self, memo):
             raise RuntimeError("no copy of me")
 
     for where in ("group", "state"):
         opt, _ = make(Adam, steps=1)
         sd = make(Adam, {"lr": 0.5}, steps=3)[0].state_dict()
-        (sd["param_groups"][0] if where == "group" else sd["state"][2])["mine"] = Stubborn()
+        (sd["param_groups"][0] if where == "group" else sd["state"][2])["mine"] = Unique()
         before = seen(opt)
         with pytest.raises(RuntimeError, match="no copy"):
             opt.load_state_dict(sd)
