@@ -17,7 +17,7 @@ EXACT = ["-fno-fast-math", "-ffp-contract=off"]
 VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math", "--param=max-unswitch-insns=500"]
 OPENMP = ["-fopenmp"]
 # Two builds to look for faults with, each asked for by an environment variable. PYOPT_SANITIZE=address,undefined names
-# GCC's sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews, and
+# GCC's sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews and
 # None. The build tool does not see that a variable has changed: `build_ext --inplace --force`, to and fro.
 SANITIZE = [f"-fsanitize={names}"] if (names := os.environ.get("PYOPT_SANITIZE")) else []
 DEBUG = os.environ.get("PYOPT_DEBUG", "0") not in ("", "0")
