@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyopt
+import reference
 from cases import BRIEF, CASES, DTYPES, SIZES, Case, assert_same_bits, gradients, parameters
 
 
@@ -67,6 +68,52 @@ def test_special_values(case: Case) -> None:
         optimizer.step(grads=[g])
         assert_same_bits(np.where(np.isnan(param.data), 0, param.data), np.where(np.isnan(data), 0, data), str(case))
         assert (np.isnan(param.data) == np.isnan(data)).all(), f"{case}: NaN in other places"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_of_one_half_is_measured_from_the_far_end(dtype: type) -> None:
+    """At 0.5 both forms of lerp are good to half an ulp, and their bits differ: torch takes the second."""
+    for case in (
+        Case(pyopt.Adam, reference.adam, {"betas": (0.5, 0.999)}),
+        Case(pyopt.RMSprop, reference.rmsprop, {"alpha": 0.5, "centered": True}),
+    ):
+        check_against_oracle(case, parameters([1000], dtype), steps=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_in_any_state_shows(dtype: type) -> None:
+    """It stays, and reaches the parameter: also in the largest second moment, where a comparison loses it."""
+    for case in BRIEF:
+        names = [name for name in new_state(case, dtype) if name != "step"]
+        for name in names:
+            p = pyopt.Parameter(np.ones(40, dtype))
+            optimizer = case.optimizer([p], **case.options)
+            optimizer.step(grads=[np.ones(40, dtype)])
+            optimizer.state[p][name][3] = np.nan
+            optimizer.step(grads=[np.ones(40, dtype)])
+            assert np.flatnonzero(np.isnan(p.data)).tolist() == [3], f"{case} {name}"
+            assert np.flatnonzero(np.isnan(optimizer.state[p][name])).tolist() == [3], f"{case} {name}"
+
+
+def new_state(case: Case, dtype: type) -> dict:
+    p = pyopt.Parameter(np.ones(1, dtype))
+    optimizer = case.optimizer([p], **case.options)
+    optimizer.step(grads=[np.ones(1, dtype)])
+    return optimizer.state[p]
+
+
+@pytest.mark.parametrize("optimizer", [pyopt.Adam, pyopt.AdamW, pyopt.RMSprop, pyopt.Adagrad])
+def test_a_step_count_past_its_end(optimizer: type[pyopt.Optimizer]) -> None:
+    """The next count would not fit into 63 bits: a message that names it, and nothing has changed."""
+    p = pyopt.Parameter(np.ones(3))
+    o = optimizer([p])
+    o.step(grads=[np.ones(3)])
+    before = p.data.copy()
+    for count in (2**63 - 1, 2**63, -1):
+        o.state[p]["step"] = count
+        with pytest.raises(ValueError, match=f"step' == {count}, must be >= 0 and < 2"):
+            o.step(grads=[np.ones(3)])
+        assert o.state[p]["step"] == count and (p.data == before).all()
 
 
 def test_mixed_dtypes_groups_and_overrides() -> None:
