@@ -46,6 +46,7 @@ def groups_of(optimizer: Any, left: list[tuple[int, torch.Tensor]]) -> list[dict
     result: dict[Any, dict[str, Any]] = {}
     for index, p in left:
         group = optimizer.param_groups[index]
+        add_missing_state(optimizer, p, group)
         key: Any = index
         if group.get("fused"):
             key = index, fused_kind(optimizer, p)
@@ -57,6 +58,20 @@ def groups_of(optimizer: Any, left: list[tuple[int, torch.Tensor]]) -> list[dict
                 result[key]["fused"] = False
         result[key]["params"].append(p)
     return list(result.values())
+
+
+def add_missing_state(optimizer: Any, p: torch.Tensor, group: dict[str, Any]) -> None:
+    """torch makes state where there is no entry at all, and misses it where the user has one of their own."""
+    entry = optimizer.state.get(p)
+    if (
+        entry
+        and "step" not in entry
+        and optimizer._core.counts_steps
+        and entry.keys().isdisjoint(optimizer._core.state_names)
+    ):
+        side = optimizer._side(optimizer)
+        if side.reason(group) is None:
+            entry.update(side.new_state(p, group))
 
 
 def fused_kind(optimizer: Any, p: torch.Tensor) -> str:
