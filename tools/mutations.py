@@ -53,7 +53,7 @@ MUTATIONS = [
         ENGINE,
         ("    while part < parts:", "    if part < parts:", "a smaller team leaves parts undone"),
         ("cost * (part + 1) // parts, flush", "cost * (part + 1) // parts - 64, flush", "gaps between parts"),
-        ("i & ~<Py_ssize_t>(LINE - 1)", "(i & ~<Py_ssize_t>(LINE - 1)) + 1", "the first element of a part"),
+        ("return w.size if i >= w.size", "return w.size - 1 if i >= w.size", "the last element of a tensor"),
         ("set_float_mode(float_mode(flush))", "set_float_mode(float_mode(0))", "denormals are never flushed"),
         ("    set_float_mode(mode)\n", "", "the caller's floating-point mode is left changed"),
         ("threads if threads > 1 and cost >=", "threads if threads > 10**9 and cost >=", "threads are never used"),
