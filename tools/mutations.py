@@ -100,7 +100,7 @@ MUTATIONS = [
             "True as a number",
         ),
         ("number(name, value, 0)", "number(name, value, -1)", "negative numbers"),
-        ("and x < below)", "and x <= below)", "a strict bound"),
+        ("x < below):", "x <= below):", "a strict bound"),
         ("0 <= int(value) < 2**63 - 1:", "0 <= int(value) <= 2**63 - 1:", "the last step count"),
         ("len(value) != 2", "len(value) < 2", "three betas"),
     ),
