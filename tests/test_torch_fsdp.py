@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -108,12 +109,10 @@ def checkpoints() -> None:
             assert_close(model, first, other, second, bits=True)
 
             third = getattr(loader, name)(other.parameters(), **options)
-            whole = dcp_state.get_optimizer_state_dict(
-                model, first, options=dcp_state.StateDictOptions(full_state_dict=True)
-            )
-            dcp_state.set_optimizer_state_dict(
-                other, third, whole, options=dcp_state.StateDictOptions(full_state_dict=True)
-            )
+            whole = dcp_state.StateDictOptions(full_state_dict=True)
+            # A copy: what torch hands out holds the step counts themselves.
+            state_dict = copy.deepcopy(dcp_state.get_optimizer_state_dict(model, first, options=whole))
+            dcp_state.set_optimizer_state_dict(other, third, state_dict, options=whole)
             assert_close(model, first, other, third, bits=True)
             for m, optimizer in ((model, first), (other, third)):
                 backward(m, 2)
