@@ -109,13 +109,10 @@ def checkpoints() -> None:
             assert_close(model, first, other, second, bits=True)
 
             third = getattr(loader, name)(other.parameters(), **options)
-            # torch hands out the live step counts, and takes them as they come: two optimizers would count as one.
-            whole = dcp_state.get_optimizer_state_dict(
-                model, first, options=dcp_state.StateDictOptions(full_state_dict=True)
-            )
-            dcp_state.set_optimizer_state_dict(
-                other, third, copy.deepcopy(whole), options=dcp_state.StateDictOptions(full_state_dict=True)
-            )
+            whole = dcp_state.StateDictOptions(full_state_dict=True)
+            # A copy: what torch hands out holds the step counts themselves.
+            state_dict = copy.deepcopy(dcp_state.get_optimizer_state_dict(model, first, options=whole))
+            dcp_state.set_optimizer_state_dict(other, third, state_dict, options=whole)
             assert_close(model, first, other, third, bits=True)
             for m, optimizer in ((model, first), (other, third)):
                 backward(m, 2)
