@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import sys
 import time
 import weakref
 from collections import UserDict, defaultdict
@@ -48,6 +49,7 @@ WITH_STATE = [(name, options) for name, options in ALL if name != "SGD" or "mome
 with_state = pytest.mark.parametrize(
     ("name", "options"), WITH_STATE, ids=["-".join([name, *options]) for name, options in WITH_STATE]
 )
+ADAM = sys.modules["torch.optim.adam"]  # torch.optim hides its modules
 FUSED = ["SGD", "Adam", "AdamW", "Adagrad"]  # torch has a fused step of these
 SPARSE_WARNING = "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
 
@@ -195,10 +197,6 @@ def raising_hook(register: str) -> Callable[[Any], Callable[[], None]]:
 
 def sparse_gradient(optimizer: Any) -> Callable[[], None]:
     parameters(optimizer)[-1].grad = sparse(parameters(optimizer)[-1])
-    return lambda: None
-
-
-def raising_closure(optimizer: Any) -> Callable[[], None]:
     return lambda: None
 
 
@@ -871,7 +869,7 @@ def test_own_state_survives(name: str, options: dict[str, Any]) -> None:
     slow = new(3, seed=9)
     optimizer = stepped(build(name, [p], **options))
     optimizer.state[p]["slow"] = slow
-    optimizer.state[p]["note"] = "mine"
+    optimizer.state[p]["note"] = 5
     stepped(optimizer, 2)
     assert optimizer.state[p]["slow"] is slow and same_bits(slow, new(3, seed=9))
     loaded = build(name, [torch.nn.Parameter(p.detach().clone())], **options)
@@ -879,11 +877,11 @@ def test_own_state_survives(name: str, options: dict[str, Any]) -> None:
     for o in (loaded, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         stepped(o)
         state = o.state[parameters(o)[0]]
-        assert same_bits(state["slow"], slow) and state["note"] == "mine"
+        assert same_bits(state["slow"], slow) and state["note"] == 5
     middle = getattr(pyopt, name)([pyopt.Parameter(p.detach().numpy().copy())], **options)
     middle.load_state_dict(optim.from_torch(optimizer.state_dict()))
     back = optim.to_torch(middle.state_dict())["state"][0]
-    assert same_bits(back["slow"], slow) and back["note"] == "mine"
+    assert same_bits(back["slow"], slow) and back["note"] == 5
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
@@ -1084,7 +1082,7 @@ def test_step_count_shared_by_a_left_and_a_covered_row(name: str, dtype: Any, le
     assert_as_torch(name, scenario)
 
 
-def test_step_count_shared_from_the_start() -> None:
+def test_step_count_shared_by_rows_at_the_first_step() -> None:
     def scenario(cls: Any) -> Any:
         optimizer, left, covered = two(cls)
         step = torch.tensor(0.0)
@@ -1094,8 +1092,7 @@ def test_step_count_shared_from_the_start() -> None:
         optimizer.step()
         return optimizer
 
-    ours = assert_as_torch("Adam", scenario)
-    assert parameters(ours)[1][0].item() == pytest.approx(1 - 0.0811, abs=2e-3) or True
+    assert_as_torch("Adam", scenario)
 
 
 # A row left to torch, and memory that it shares with one that is covered: (of the left one, of the covered one).
@@ -1325,7 +1322,6 @@ def test_strided_gradient_lies_on_its_own_parameter(name: str, kind: str) -> Non
             optimizer.step()
         return optimizer
 
-    assert outcome(lambda: scenario(getattr(torch.optim, name))) is not None
     theirs = outcome(lambda: scenario(getattr(torch.optim, name)))
     assert_as_torch(name, scenario, fails=isinstance(theirs, tuple))
 
@@ -1387,7 +1383,7 @@ def test_explain_sees_a_gradient_that_aliases_what_is_written(capsys: pytest.Cap
     assert explained(optimizer, capsys)[1] == "torch"
     q.grad = torch.ones(4)
     assert explained(optimizer, capsys) == ["pyopt", "pyopt"]
-    with mock.patch.object(torch.optim.adam, "_single_tensor_adam", side_effect=AssertionError("torch's step ran")):
+    with mock.patch.object(ADAM, "_single_tensor_adam", side_effect=AssertionError("torch's step ran")):
         optimizer.step()
 
 
@@ -1406,13 +1402,13 @@ def test_explain_says_what_the_step_does(what: str, capsys: pytest.CaptureFixtur
         optimizer.state[q][key] = optimizer.state[p][key]
     paths = explained(optimizer, capsys)
     steps: list[int] = []
-    original = torch.optim.adam._single_tensor_adam
+    original = ADAM._single_tensor_adam
 
     def spy(params: Any, *args: Any, **kwargs: Any) -> Any:
         steps.extend(map(id, params))
         return original(params, *args, **kwargs)
 
-    with mock.patch.object(torch.optim.adam, "_single_tensor_adam", spy):
+    with mock.patch.object(ADAM, "_single_tensor_adam", spy):
         optimizer.step()
     assert paths == ["torch" if id(x) in steps else "pyopt" for x in (p, q)]
     assert "torch" in paths
@@ -1446,6 +1442,7 @@ def dual_gradient(optimizer: Any, tangents: list[Any]) -> None:
         p.grad = fwAD.make_dual(torch.ones_like(p) + p.detach(), t)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # inside torch
 @pytest.mark.parametrize("what", ["gradient", "gradient of one", "parameter", "later", "lr"])
 @brief
 def test_forward_mode_differentiation_sees_the_step(name: str, options: dict[str, Any], what: str) -> None:
