@@ -1,4 +1,4 @@
-"""What a whole step is: the oracle's step on a snapshot; and tests in a process of their own, where a crash is a failure."""
+"""What a whole step is: the oracle's step on a snapshot. And tests in processes, where a crash is a failure."""
 
 from __future__ import annotations
 
