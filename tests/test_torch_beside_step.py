@@ -171,16 +171,15 @@ def delete_state(name: str) -> None:
     assert_whole(optimizer, parameters(optimizer)[:-1], done[0] + 1)
 
 
-def replace_memory(name: str) -> None:
-    """p.data and p.grad of the last one; what they were is freed."""
+def replace_gradients(name: str) -> None:
+    """What they were is freed while a step may read them. (p.data has the same race in torch's own operations.)"""
     optimizer = model(name)
     last = parameters(optimizer)[-1]
 
     def replace() -> None:
-        last.data = torch.linspace(-1, 1, LENGTH)
-        last.grad = torch.linspace(1, 2, LENGTH)
         last.grad = None
         last.grad = torch.linspace(1, 2, LENGTH)
+        last.grad = torch.linspace(1, 2, 2 * LENGTH)[::2]
 
     step, done = counted(optimizer)
     together(step, replace)
@@ -246,7 +245,7 @@ SCENES = [
     edit_parameter_lists,
     replace_state,
     delete_state,
-    replace_memory,
+    replace_gradients,
     look,
     step_twice,
     change_options,
