@@ -295,7 +295,7 @@ cdef class Table:
                     continue
                 if step != last_step:
                     numbers = optimizer.scalars(self.plain[g], step)
-                    numbers["scale"] *= self.gradient_factor
+                    numbers["gradient_factor"] *= self.gradient_factor
                     rule.pack(numbers, &self.numbers[len(self.counts)])
                     self.counts.append(step)
                     last_step = step

@@ -92,6 +92,11 @@ class Optimizer:
         super().__init_subclass__(**kwargs)
         if vars(cls).get("rule") is not None:
             check_declaration(cls, cls.checks)
+        if cls.rule is not None and tuple(cls.state_names) != cls.rule.states:  # they are tied by their order
+            raise TypeError(
+                f"{cls.__name__}: state_names is {tuple(cls.state_names)}, must be those of the rule "
+                f"{cls.rule.name!r}, in its order: {cls.rule.states}"
+            )
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         if isinstance(params, (np.ndarray, Parameter, str, Mapping, Set)) or not isinstance(params, Iterable):
@@ -257,7 +262,7 @@ class Optimizer:
     def state_streams(self, group: Group) -> tuple[str | None, ...]:
         """Per stream of the rule: the state array behind it, or None where the options of the group need none."""
         names = [name if option is None or group[option] else None for name, option in self.state_names.items()]
-        return (*names, None, None, None)[:3]
+        return (*names, None, None, None, None)[:4]
 
     def new_state(self, p: Parameter, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step."""

@@ -92,5 +92,5 @@ def adam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     u = v
     if h["amsgrad"]:
         u = new["max_exp_avg_sq"] = np.maximum(s["max_exp_avg_sq"], v) if s else v
-    d = np.sqrt(u) / f(math.sqrt(1 - beta2**t)) + f(h["eps"])
+    d = np.sqrt(u) * f(1 / math.sqrt(1 - beta2**t)) + f(h["eps"])
     return p - f(h["lr"] / (1 - beta1**t)) * m / d, new
