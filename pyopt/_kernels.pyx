@@ -309,8 +309,8 @@ cdef int pack_adamw_schedule_free(dict scalars, void *out) except -1:
     return 0
 
 
-adamw_schedule_free = Rule.make("adamw_schedule_free", ("z", "exp_avg_sq"),
-                                adamw_schedule_free_span[float], adamw_schedule_free_span[double], pack_adamw_schedule_free)
+adamw_schedule_free = Rule.make("adamw_schedule_free", ("z", "exp_avg_sq"), adamw_schedule_free_span[float],
+                                adamw_schedule_free_span[double], pack_adamw_schedule_free)
 
 
 cdef void interpolation_span(floating *restrict p, const floating *restrict z, floating *restrict _1,

@@ -3,8 +3,8 @@
 #
 # The numbers of a rule come in double, one struct for both element types; `<floating>` rounds each of them once, and
 # the compiler moves that out of the loop, as it does every condition on the struct (one loop per combination).
-# Every operation is a single IEEE one, in the order of torch.optim, but for divisions by a number of the step: those are
-# multiplications by its reciprocal, taken in double. See the notes on bits in the README.
+# Every operation is a single IEEE one, in the order of torch.optim, but that a division by a number of the step is a
+# multiplication by its reciprocal, taken in double: see the notes on bits in the README.
 
 from libc.math cimport fabs, fabsf, sqrt, sqrtf
 
@@ -97,13 +97,13 @@ cdef inline floating adagrad(floating p, floating g, floating* s, const Adagrad*
 
 
 ctypedef struct ASGD:
-    double eta, mu, weight_decay, decay_factor, gradient_factor  # decay_factor = 1 - lambd * eta
-    bint averages  # whether mu != 1
+    double step_size, weight, weight_decay, decay_factor, gradient_factor  # decay_factor = 1 - lambd * eta
+    bint averages  # whether the weight, mu, is not 1
 
 cdef inline floating asgd(floating p, floating g, floating* ax, const ASGD* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
-    p = p * <floating>h.decay_factor - <floating>h.eta * g
-    ax[0] = ax[0] + <floating>h.mu * (p - ax[0]) if h.averages else p
+    p = p * <floating>h.decay_factor - <floating>h.step_size * g
+    ax[0] = ax[0] + <floating>h.weight * (p - ax[0]) if h.averages else p
     return p
 
 

@@ -81,6 +81,9 @@ class Optimizer:
     rule: ClassVar[Rule | None] = None
     # State arrays in the order of the rule's streams, each with the option that needs it (None: always needed).
     state_names: ClassVar[Mapping[str, str | None]] = {}
+    # Numbers of the state, one per parameter: `scalars` finds those before the step in the group, by their names, and
+    # returns those after it under the same names, beside the numbers of the rule.
+    scalar_states: ClassVar[tuple[str, ...]] = ()
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
@@ -256,7 +259,7 @@ class Optimizer:
         raise TypeError(f"{type(self).__name__} has a compiled rule and must override `scalars`")
 
     def initial_value(self, name: str, group: Group) -> float:
-        """What a state array is filled with at first."""
+        """What a state array is filled with at first, and what a number of the state is."""
         return 0.0
 
     def state_streams(self, group: Group) -> tuple[str | None, ...]:
@@ -267,6 +270,8 @@ class Optimizer:
     def new_state(self, p: Parameter, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step."""
         state: dict[str, Any] = {"step": 0} if self.counts_steps else {}
+        for name in self.scalar_states:
+            state[name] = float(self.initial_value(name, group))
         for name in filter(None, self.state_streams(group)):
             state[name] = np.full_like(p.data, self.initial_value(name, group))
         return state
