@@ -1,7 +1,12 @@
 """Optimizers for CPUs at the speed of memory: what torch.optim is, on NumPy arrays."""
 
-from pyopt._engine import get_flush_denormal as get_flush_denormal
-from pyopt._engine import set_flush_denormal as set_flush_denormal
+try:
+    from pyopt._engine import get_flush_denormal as get_flush_denormal
+    from pyopt._engine import set_flush_denormal as set_flush_denormal
+except ModuleNotFoundError as error:
+    if error.name == "pyopt._engine":
+        error.msg += ": this copy of pyopt is not built; in a clone run `pip install -e .`, or leave its folder"
+    raise
 from pyopt.config import show_config as show_config
 from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers import ADOPT as ADOPT

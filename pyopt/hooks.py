@@ -10,11 +10,13 @@ from weakref import ref
 
 _ids = count()
 
+Hook = Callable[..., Any]
 
-class Hooks(OrderedDict[int, Callable[..., Any]]):
+
+class Hooks(OrderedDict[int, Hook]):
     """Callables in the order in which they run."""
 
-    def register(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+    def register(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
         """Add a hook, at the front with prepend=True."""
         if not callable(hook):
             raise TypeError(f"hook == {hook!r}, must be callable")
@@ -43,3 +45,67 @@ class RemovableHandle:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+
+global_step_pre_hooks = Hooks()
+global_step_post_hooks = Hooks()
+
+
+def register_optimizer_step_pre_hook(hook: Hook) -> RemovableHandle:
+    """Run hook(optimizer, args, kwargs) before every step of every optimizer, ahead of its own hooks."""
+    return global_step_pre_hooks.register(hook)
+
+
+def register_optimizer_step_post_hook(hook: Hook) -> RemovableHandle:
+    """Run hook(optimizer, args, kwargs) after every step of every optimizer, behind its own hooks."""
+    return global_step_post_hooks.register(hook)
+
+
+class Hooked:
+    """The hooks of an optimizer. They are left behind in copies, as in torch."""
+
+    def _begin_hooks(self) -> None:
+        self._step_pre_hooks = Hooks()
+        self._step_post_hooks = Hooks()
+        self._state_dict_pre_hooks = Hooks()
+        self._state_dict_post_hooks = Hooks()
+        self._load_state_dict_pre_hooks = Hooks()
+        self._load_state_dict_post_hooks = Hooks()
+
+    def _step_with_hooks(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """step(*args, **kwargs) between the hooks, which see its arguments with the optimizer in front, as in torch."""
+        args = (self, *args)
+        for hook in (*global_step_pre_hooks.values(), *self._step_pre_hooks.values()):
+            changed = hook(self, args, kwargs)
+            if changed is not None:
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    raise RuntimeError(f"{hook} returned {changed!r}, must return None or (new_args, new_kwargs)")
+                args, kwargs = changed
+        loss = step(*args[1:], **kwargs)
+        for hook in (*self._step_post_hooks.values(), *global_step_post_hooks.values()):
+            hook(self, args, kwargs)
+        return loss
+
+    def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Run hook(optimizer, args, kwargs) before each step; it may return new (args, kwargs)."""
+        return self._step_pre_hooks.register(hook)
+
+    def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
+        """Run hook(optimizer, args, kwargs) after each step."""
+        return self._step_post_hooks.register(hook)
+
+    def register_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer) before `state_dict`."""
+        return self._state_dict_pre_hooks.register(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer, state_dict) after `state_dict`; it may return a replacement."""
+        return self._state_dict_post_hooks.register(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer, state_dict) before `load_state_dict`; it may return a replacement."""
+        return self._load_state_dict_pre_hooks.register(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+        """Run hook(optimizer) after `load_state_dict`."""
+        return self._load_state_dict_post_hooks.register(hook, prepend)

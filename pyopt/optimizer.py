@@ -3,54 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
-from pyopt import checks
+from pyopt import _state_dict, checks
 from pyopt._engine import Rule
+from pyopt._groups import Group as Group
+from pyopt._groups import as_groups, as_parameters, check_keys, gradients_in_order
 from pyopt._options import LATER, check_declaration, check_options
+from pyopt._state_dict import StateDict
 from pyopt._table import Table
-from pyopt.hooks import Hooks, RemovableHandle
-from pyopt.parameter import (
-    Parameter,
-    apart_from,
-    as_parameters,
-    check_gradient,
-    check_no_overlap,
-    check_state_values,
-    label,
-    parameter_ranges,
-)
+from pyopt.hooks import Hooked, Hooks, global_step_post_hooks, global_step_pre_hooks
+from pyopt.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
+from pyopt.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
+from pyopt.parameter import Parameter, apart_from, check_gradient, check_no_overlap, label, parameter_ranges
 
-Group = dict[str, Any]
-StateDict = dict[str, Any]
-
-# Keys that schedulers leave in a group.
-SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"})
-
-_global_step_pre_hooks = Hooks()
-_global_step_post_hooks = Hooks()
+Grads = Iterable[Any] | Mapping[str, Any]
 
 
-def register_optimizer_step_pre_hook(hook: Callable[..., Any]) -> RemovableHandle:
-    """Run hook(optimizer, args, kwargs) before every step of every optimizer, ahead of its own hooks."""
-    return _global_step_pre_hooks.register(hook)
-
-
-def register_optimizer_step_post_hook(hook: Callable[..., Any]) -> RemovableHandle:
-    """Run hook(optimizer, args, kwargs) after every step of every optimizer, behind its own hooks."""
-    return _global_step_post_hooks.register(hook)
-
-
-def _check_type(what: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind) or isinstance(value, str):
-        raise TypeError(f"{what} is a {type(value).__name__}, must be a {'dict' if kind is Mapping else 'list'}")
-
-
-class Optimizer:
+class Optimizer(Hooked):
     """Base of all optimizers: parameter groups, state, hooks and checkpoints.
 
     A subclass declares either a compiled rule (`rule`, `state_names`, `counts_steps` and the method `scalars`: see
@@ -58,13 +31,14 @@ class Optimizer:
     by it; `checks` adds to that.
 
     Args:
-        params: iterable of Parameter or ndarray, of (name, Parameter or ndarray), or of dicts: groups with the key
-            "params" and any of the hyper-parameters.
+        params: iterable of Parameter or ndarray, or of (name, Parameter or ndarray); a mapping of names to them, nested
+            in dicts and lists as it may be, whose names are joined by dots ("head.b"); or an iterable of dicts: groups
+            with any of these under "params", any of the hyper-parameters, and keys of your own, which are kept.
         defaults: hyper-parameters of groups that do not give their own.
 
     Raises:
         TypeError, ValueError: no parameters, a parameter that cannot be updated (see Parameter), twice the same or
-            overlapping ones, an unknown key, or a hyper-parameter out of its bounds.
+            overlapping ones, a key that looks like a misspelt option, or a hyper-parameter out of its bounds.
 
     Example:
         >>> class SignSGD(Optimizer):
@@ -102,24 +76,14 @@ class Optimizer:
             )
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
-        if isinstance(params, (np.ndarray, Parameter, str, Mapping, Set)) or not isinstance(params, Iterable):
-            raise TypeError(f"params is a {type(params).__name__}, must be an ordered iterable of arrays or of dicts")
-        self.check_group({"params": [], **defaults})
+        groups = as_groups(params)
         self.defaults = defaults
+        self.check_group({"params": [], **defaults})
         self.state: defaultdict[Parameter, dict[str, Any]] = defaultdict(dict)
         self.param_groups: list[Group] = []
-        self._step_pre_hooks = Hooks()
-        self._step_post_hooks = Hooks()
-        self._state_dict_pre_hooks = Hooks()
-        self._state_dict_post_hooks = Hooks()
-        self._load_state_dict_pre_hooks = Hooks()
-        self._load_state_dict_post_hooks = Hooks()
+        self._bare = False  # whether an array came without a Parameter: its gradients can only come with the step
+        self._begin_hooks()
         self._table = Table()
-        groups = list(params)
-        if not groups:
-            raise ValueError("params is empty, must hold at least one parameter")
-        if not isinstance(groups[0], Mapping):
-            groups = [{"params": groups}]
         for group in groups:
             self.add_param_group(group)
 
@@ -137,9 +101,9 @@ class Optimizer:
         if not isinstance(param_group, Mapping):
             raise TypeError(f"param_group is a {type(param_group).__name__}, must be a dict with the key 'params'")
         if "params" not in param_group:
-            raise KeyError(f"param_group has no 'params', only {sorted(param_group)}")
-        first = sum(len(group["params"]) for group in self.param_groups)
-        params, names = as_parameters(param_group["params"], first)
+            raise KeyError(f"param_group has no 'params', only {sorted(map(str, param_group))}")
+        live = self._parameters()
+        params, names, bare = as_parameters(param_group["params"], len(live))
         group = {"params": params, **{k: v for k, v in param_group.items() if k != "params"}}
         if names is not None:
             group["param_names"] = names
@@ -148,74 +112,59 @@ class Optimizer:
         if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
             raise ValueError("either all param groups have parameter names or none")
         self.check_group(group)
-        check_no_overlap(parameter_ranges([*self._parameters(), *params]))
+        check_no_overlap(parameter_ranges([*live, *params]))
+        for p, name in zip(params, names or (), strict=False):
+            p.name = name if p.name is None else p.name
+        self._bare |= bare
         self.param_groups.append(group)
 
     def check_group(self, group: Group) -> None:
         """Raise unless the keys and hyper-parameters of a group are valid; overriders call this first."""
-        defaults = getattr(self, "defaults", group)
-        if missing := sorted({"params", *defaults} - set(group)):
-            raise KeyError(f"a param group has no {missing[0]!r}")
-        if unknown := sorted(set(group) - {"params", "param_names", *defaults} - SCHEDULER_KEYS):
-            raise ValueError(f"unknown key {unknown[0]!r} in a param group, must be one of {sorted(defaults)}")
-        params = group["params"]
-        if not isinstance(params, list) or not all(isinstance(p, Parameter) for p in params):
-            raise TypeError(f"'params' of a param group is {type(params).__name__}, must be a list of Parameters")
-        check_options({key: group[key] for key in defaults}, self.checks)
+        check_keys(group, self.defaults)
+        check_options({key: group[key] for key in self.defaults}, self.checks)
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None, *, grads: Iterable[Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grads: Grads | None = None) -> Any:
         """Update every parameter that has a gradient, once.
 
         All or nothing: every parameter, gradient, state and hyper-parameter is checked before anything changes.
 
         Args:
             closure: computes the loss and the gradients; called first.
-            grads: gradients to use in place of the parameters' own: one per parameter, in the order of the groups,
-                None for a parameter to be left alone. Not stored.
+            grads: gradients to use in place of the parameters' own, None for a parameter to be left alone; not stored.
+                One per parameter in the order of the groups, or a mapping by name, nested like the parameters'.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
-            TypeError, ValueError: a gradient of another shape or dtype than its parameter; anything else that has
-                become invalid since the constructor.
+            TypeError, ValueError: a gradient of another shape or dtype than its parameter; names that are missing or
+                unknown; no gradient at all for parameters passed as bare arrays; anything else that has become invalid
+                since the constructor.
             RuntimeError: another thread is in step() of this optimizer.
         """
-        hooks = (_global_step_pre_hooks, self._step_pre_hooks, self._step_post_hooks, _global_step_post_hooks)
-        if not any(hooks):
+        if not (self._step_pre_hooks or self._step_post_hooks or global_step_pre_hooks or global_step_post_hooks):
             return self._step(closure, grads=grads)
-        # As in torch, hooks see the arguments of the call with the optimizer in front.
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {} if grads is None else {"grads": grads}
-        for hook in (*_global_step_pre_hooks.values(), *self._step_pre_hooks.values()):
-            changed = hook(self, args, kwargs)
-            if changed is not None:
-                if not (isinstance(changed, tuple) and len(changed) == 2):
-                    raise RuntimeError(f"{hook} returned {changed!r}, must return None or (new_args, new_kwargs)")
-                args, kwargs = changed
-        loss = self._step(*args[1:], **kwargs)
-        for hook in (*self._step_post_hooks.values(), *_global_step_post_hooks.values()):
-            hook(self, args, kwargs)
-        return loss
+        args = () if closure is None else (closure,)
+        kwargs = {} if grads is None else {"grads": grads}
+        return self._step_with_hooks(self._step, *args, **kwargs)
 
-    def _step(self, closure: Callable[[], Any] | None = None, *, grads: Iterable[Any] | None = None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None = None, *, grads: Grads | None = None) -> Any:
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure is a {type(closure).__name__}, must be callable; gradients go by step(grads=...)")
         loss = None if closure is None else closure()
         if grads is not None:
-            if not isinstance(grads, Iterable):
-                raise TypeError(f"grads is a {type(grads).__name__}, must be an iterable: one gradient per parameter")
-            grads = list(grads)
-            expected = len(self._parameters())
-            if len(grads) != expected:
-                raise ValueError(f"grads has {len(grads)} items, must have {expected}: one per parameter")
+            grads = gradients_in_order(grads, self.param_groups)
         if self.rule is not None:
             self._table.step(self, grads)
         else:
             self._step_in_numpy(grads)
+        if self._bare and grads is None and not any(p.grad is not None for g in self.param_groups for p in g["params"]):
+            raise ValueError("no parameter has a gradient: for parameters passed as bare arrays, give step(grads=...)")
         return loss
 
     def _step_in_numpy(self, grads: list[Any] | None) -> None:
@@ -303,19 +252,11 @@ class Optimizer:
 
         Returns:
             {"state": {index: {...}}, "param_groups": [{..., "params": [index, ...]}]}, parameters numbered over all
-            groups.
+            groups. What the user has put into groups and state is in it too.
         """
         for hook in self._state_dict_pre_hooks.values():
             hook(self)
-        indices = {p: i for i, p in enumerate(self._parameters())}
-        groups = []
-        for group in self.param_groups:
-            packed = {key: value for key, value in group.items() if key != "params"}
-            groups.append({**packed, "params": [indices[p] for p in group["params"]]})
-        state = {indices[p]: dict(entry) for p, entry in self.state.items() if p in indices and entry}
-        result: StateDict = {"state": state, "param_groups": groups}
-        if copy:
-            result = deepcopy(result)
+        result = _state_dict.make(self, copy)
         for hook in self._state_dict_post_hooks.values():
             changed = hook(self, result)
             if changed is not None:
@@ -325,152 +266,40 @@ class Optimizer:
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue from what `state_dict` returned, with parameters in the same order.
 
-        The arrays are copied into the optimizer's own; nothing is shared with `state_dict`. Groups may lack `maximize`
-        and `decoupled_weight_decay`, as those of older torch do.
+        The numbers are copied into the optimizer's arrays, or into new ones where those do not fit or are read-only;
+        nothing is shared with `state_dict`. Groups may lack `maximize` and `decoupled_weight_decay`, as those of older
+        torch do. What .npz and JSON make of a checkpoint is taken too: 0-d arrays, whole floats as step counts, strings
+        as parameter numbers, lists for pairs.
 
         Raises:
             TypeError, KeyError, ValueError: a state of another optimizer, other parameters, shapes, dtypes or names;
                 nothing has changed then.
         """
-        _check_type("state_dict", state_dict, Mapping)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}, must be a dict")
         state_dict = dict(state_dict)
         for hook in self._load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        groups = self._checked_groups(state_dict)
-        states = self._checked_states(state_dict, groups)
-        for live, group in zip(self.param_groups, groups, strict=True):
-            live.clear()
-            live.update(group)
-        for p in self._parameters():
-            self._adopt_state(p, states.get(p))
+        _state_dict.load(self, state_dict)
         for hook in self._load_state_dict_post_hooks.values():
             hook(self)
-
-    def _checked_groups(self, state_dict: StateDict) -> list[Group]:
-        """The saved groups, with the live parameters."""
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise KeyError(f"state_dict has no {key!r}, only {sorted(map(str, state_dict))}")
-        saved_groups = state_dict["param_groups"]
-        _check_type("state_dict: param_groups", saved_groups, Sequence)
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(f"state_dict has {len(saved_groups)} param groups, must have {len(self.param_groups)}")
-        groups = []
-        first = 0
-        for i, (live, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            end = first + len(live["params"])
-            _check_type(f"state_dict: param group {i}", saved, Mapping)
-            if "params" not in saved:
-                raise KeyError(f"state_dict: param group {i} has no 'params', only {sorted(saved)}")
-            _check_type(f"state_dict: 'params' of param group {i}", saved["params"], Sequence)
-            if list(saved["params"]) != list(range(first, end)):
-                raise ValueError(
-                    f"state_dict: param group {i} has parameters {saved['params']}, must have {list(range(first, end))}"
-                )
-            first = end
-            if "param_names" in saved and "param_names" in live and saved["param_names"] != live["param_names"]:
-                raise ValueError(
-                    f"state_dict: param group {i} has param_names {saved['param_names']}, must have "
-                    f"{live['param_names']}"
-                )
-            names = {k: live[k] for k in ("param_names",) if k in live}
-            later = {k: v for k, v in self.later.items() if k in self.defaults and k not in saved}
-            group = {**deepcopy({**saved, "params": None}), **later, **names, "params": live["params"]}
-            try:
-                self.check_group(group)
-            except (KeyError, TypeError, ValueError) as error:
-                raise type(error)(f"state_dict of another optimizer, or damaged: {error.args[0]}") from None
-            groups.append(group)
-        return groups
-
-    def _checked_states(self, state_dict: StateDict, groups: Sequence[Group]) -> dict[Parameter, dict[str, Any]]:
-        """The saved state by live parameter."""
-        params = [(p, group) for group in groups for p in group["params"]]
-        states = {}
-        _check_type("state_dict: state", state_dict["state"], Mapping)
-        for index, saved in state_dict["state"].items():
-            if not isinstance(index, (int, np.integer)) or not 0 <= index < len(params):
-                raise ValueError(
-                    f"state_dict has state of parameter {index!r}, must be an int from 0 to {len(params) - 1}"
-                )
-            index = int(index)
-            p, group = params[index]
-            _check_type(f"state_dict: state of {label(index, p)}", saved, Mapping)
-            self._check_saved_state(label(index, p), saved, p, group)
-            states[p] = saved
-        return states
-
-    def _check_saved_state(self, what: str, saved: dict[str, Any], p: Parameter, group: Group) -> None:
-        """Raise unless a saved state is one that this optimizer could have made for the parameter."""
-        if self.rule is None:  # a rule in NumPy may keep what it likes
-            return
-        counter = {"step"} if self.counts_steps else set()
-        if unknown := sorted(set(saved) - set(self.state_names) - counter):
-            raise ValueError(f"{what}: state_dict has {unknown[0]!r}, of which {type(self).__name__} knows nothing")
-        if self.counts_steps:
-            if "step" not in saved:
-                raise KeyError(f"{what}: state_dict has no 'step', only {sorted(saved)}")
-            checks.count(f"{what}: state_dict: step", saved["step"])
-        for name in {*saved, *filter(None, self.state_streams(group))} - counter:
-            check_state_values(what, name, saved, p.data)
-
-    def _adopt_state(self, p: Parameter, saved: dict[str, Any] | None) -> None:
-        """Copy a checked state into the optimizer's own arrays."""
-        if not saved:
-            self.state.pop(p, None)
-            return
-        live = self.state[p]
-        for name in set(live) - set(saved):
-            del live[name]
-        for name, value in saved.items():
-            if not isinstance(value, np.ndarray):
-                live[name] = deepcopy(value)
-            elif isinstance(live.get(name), np.ndarray) and live[name].shape == value.shape:
-                live[name][...] = value
-            else:  # in the parameter's memory order, whatever the saved array's
-                live[name] = np.empty_like(p.data if value.shape == p.data.shape else value, dtype=value.dtype)
-                live[name][...] = value
-
-    # --- hooks --------------------------------------------------------------------------------------------------------
-
-    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Run hook(optimizer, args, kwargs) before each step; it may return new (args, kwargs)."""
-        return self._step_pre_hooks.register(hook)
-
-    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Run hook(optimizer, args, kwargs) after each step."""
-        return self._step_post_hooks.register(hook)
-
-    def register_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
-        """Run hook(optimizer) before `state_dict`."""
-        return self._state_dict_pre_hooks.register(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
-        """Run hook(optimizer, state_dict) after `state_dict`; it may return a replacement."""
-        return self._state_dict_post_hooks.register(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
-        """Run hook(optimizer, state_dict) before `load_state_dict`; it may return a replacement."""
-        return self._load_state_dict_pre_hooks.register(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
-        """Run hook(optimizer) after `load_state_dict`."""
-        return self._load_state_dict_post_hooks.register(hook, prepend)
 
     # --- copies and print -------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_table"}
+        """All but hooks, as in torch, and what the step remembers."""
+        return {key: value for key, value in vars(self).items() if key != "_table" and not isinstance(value, Hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
+        self._begin_hooks()
         self._table = Table()
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines += [f"Parameter Group {i}"] if i == 0 else ["", f"Parameter Group {i}"]
-            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
+            lines += [f"    {key}: {group[key]}" for key in sorted(group, key=str) if key != "params"]
         return "\n".join([*lines, ")"])

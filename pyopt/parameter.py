@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
@@ -18,8 +18,8 @@ class Parameter:
 
     Args:
         data: writable float32 or float64 ndarray of any shape, dense in memory (C- or F-contiguous, or a transpose of
-            such). It is not copied: the optimizer holds its buffer and writes into it, also if the array is made
-            read-only later.
+            such). It is not copied: the optimizer writes into it. Each step looks at it anew: a shape or strides that
+            were set in place are followed, and an array that was made read-only is an error that names it.
         grad: gradient of the loss, same shape and dtype as `data`, in any memory order; None for "none".
         name: used in error messages.
 
@@ -32,6 +32,8 @@ class Parameter:
         >>> w.grad = np.ones(3, np.float32)
         >>> w
         Parameter(name='w', shape=(3,), dtype=float32, grad=True)
+
+    It is no array: compute with `data`. `np.asarray(w)` gives it too.
     """
 
     __slots__ = ("__weakref__", "_data", "grad", "name")
@@ -52,38 +54,47 @@ class Parameter:
     def data(self, data: np.ndarray[Any, Any]) -> None:
         self._data = check_data(f"parameter {self.name!r}" if self.name else "parameter", data)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return tuple(self._data.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the array."""
+        return self._data.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the array."""
+        return self._data.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the array."""
+        return self._data.size
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.array(self._data, dtype=dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> NoReturn:
+        self._no_arithmetic()
+
+    def _no_arithmetic(self, *_: Any) -> NoReturn:
+        name = f"the Parameter {self.name!r}" if self.name else "a Parameter"
+        raise TypeError(f"{name} is no array: it has no arithmetic, comparisons, items or truth value, use its `.data`")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _no_arithmetic
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = _no_arithmetic
+    __pow__ = __rpow__ = __neg__ = __pos__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _no_arithmetic
+    __getitem__ = __setitem__ = __bool__ = _no_arithmetic
+
     def __repr__(self) -> str:
         name = f"name={self.name!r}, " if self.name else ""
         return f"Parameter({name}shape={self.data.shape}, dtype={self.data.dtype}, grad={self.grad is not None})"
-
-
-def as_parameters(params: Any, first: int) -> tuple[list[Parameter], list[str] | None]:
-    """The "params" of a group as a list of Parameters, and their names where they came as (name, array) pairs.
-
-    first is the number of parameters in the groups before, for messages.
-    """
-    if isinstance(params, (np.ndarray, Parameter)):
-        params = [params]
-    if isinstance(params, (str, Mapping, Set)) or not isinstance(params, Iterable):
-        raise TypeError(f"'params' is a {type(params).__name__}, must be an ordered iterable of arrays")
-    parameters = []
-    names = []
-    for i, item in enumerate(params, first):
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            names.append(item[0])
-            item = item[1]
-        if not isinstance(item, Parameter):
-            name = names[-1] if len(names) > i - first else None
-            check_data(f"parameter {name!r}" if name else f"parameter {i}", item)
-            item = Parameter(item, name=name)
-        elif item.name is None and len(names) > i - first:
-            item.name = names[-1]
-        parameters.append(item)
-    if names and len(names) != len(parameters):
-        raise ValueError(f"{len(names)} of {len(parameters)} parameters of a group have names, must be all or none")
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"the name {duplicates[0]!r} stands for two parameters of a group, must be unique")
-    return parameters, names or None
 
 
 def label(index: int, param: Any) -> str:
@@ -146,11 +157,15 @@ def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[An
     """Raise unless the state array of this name can be walked together with the parameter."""
     check_state_values(what, name, state, data)
     array = check_data(f"{what}: state {name!r}", state[name])
-    strides = [[s for s, n in zip(a.strides, a.shape, strict=True) if n > 1] for a in (array, data)]
-    if array.size and strides[0] != strides[1]:
+    if not same_strides(array, data):
         raise ValueError(
             f"{what}: state {name!r} has strides {array.strides}, must have {data.strides} like the parameter"
         )
+
+
+def same_strides(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    """Whether two arrays of one shape and dtype lay their elements out alike; a length of 1 has no stride."""
+    return not a.size or all(s == t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
 
 
 Range = tuple[int, int, str, int]  # addresses, the end excluded; what lies there, and of which parameter
@@ -169,6 +184,23 @@ def check_no_overlap(ranges: Iterable[Range]) -> list[Range]:
 def parameter_ranges(params: Iterable[Parameter]) -> list[Range]:
     """Where parameters lie in memory."""
     return [(*byte_bounds(p.data), label(i, p), i) for i, p in enumerate(params) if p.data.size]
+
+
+def memory_ranges(arrays: Iterable[np.ndarray[Any, Any]]) -> list[Range]:
+    """Where arrays that do not overlap lie, in ascending order."""
+    return sorted((*byte_bounds(array), "", 0) for array in arrays if array.size)
+
+
+def overlapping(arrays: Iterable[np.ndarray[Any, Any]]) -> set[int]:
+    """The ids of the arrays that share memory with another one."""
+    found = set()
+    last, last_end = 0, 0
+    for begin, end, key in sorted((*byte_bounds(array), id(array)) for array in arrays if array.size):
+        if begin < last_end:
+            found |= {last, key}
+        if end > last_end:
+            last, last_end = key, end
+    return found
 
 
 def apart_from(ranges: list[Range], grad: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

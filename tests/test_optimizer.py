@@ -264,5 +264,5 @@ def test_own_optimizer_refuses_bad_gradients(bad, error):
 def test_own_optimizer_hyper_parameters():
     with pytest.raises(ValueError, match="lr"):
         Own([np.ones(3)], lr=-1)
-    with pytest.raises(ValueError, match="foo"):
-        Own([{"params": np.ones(3), "foo": 1}])
+    with pytest.raises(ValueError, match=r"'decya'.*'decay'"):
+        Own([{"params": np.ones(3), "decya": 1}])

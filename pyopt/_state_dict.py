@@ -1,0 +1,274 @@
+"""Checkpoints: the state of an optimizer as plain dicts, and back, all of it or nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from itertools import starmap
+from operator import setitem
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyopt._groups import Group
+from pyopt._options import CHECKS
+from pyopt.checks import count
+from pyopt.parameter import (
+    Parameter,
+    apart_from,
+    check_state_values,
+    label,
+    memory_ranges,
+    overlapping,
+    same_strides,
+)
+
+if TYPE_CHECKING:
+    from pyopt.optimizer import Optimizer
+
+StateDict = dict[str, Any]
+State = dict[str, Any]
+
+# A checkpoint's step count must leave room for the steps to come: a live one may reach 2**63 - 1.
+MAX_STEP = 2**62
+
+
+# --- from an optimizer ------------------------------------------------------------------------------------------------
+
+
+def make(optimizer: Optimizer, copy: bool) -> StateDict:
+    """The state of the optimizer, a snapshot or with the live arrays."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = {p: i for i, p in enumerate(params)}
+    groups = []
+    for group in optimizer.param_groups:
+        packed = {key: plain(value) for key, value in group.items() if key != "params"}
+        groups.append({**packed, "params": [indices[p] for p in group["params"]]})
+    state = {}
+    for key, entry in optimizer.state.items():
+        if key in indices and entry:
+            state[indices[key]] = plain(dict(entry))
+        elif not isinstance(key, Parameter):  # the user's own, of the optimizer as a whole
+            if as_index(key) is not None:
+                raise ValueError(f"state has the key {key!r}, which a checkpoint would take for a parameter's number")
+            state[key] = plain(entry)
+    result = {"state": state, "param_groups": groups}
+    return deepcopy(result) if copy else result
+
+
+def plain(value: Any) -> Any:
+    """The value with Python's numbers instead of NumPy's, inside lists, tuples and dicts too."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: plain(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    return value
+
+
+# --- into an optimizer ------------------------------------------------------------------------------------------------
+
+
+def load(optimizer: Optimizer, state_dict: StateDict) -> None:
+    """Make the optimizer what the checkpoint says: all checks first, then new dicts aside, then one commit."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise KeyError(f"state_dict has no {key!r}, only {sorted(map(str, state_dict))}")
+    groups = _checked_groups(optimizer, state_dict["param_groups"])
+    entries, own = _checked_states(optimizer, state_dict["state"], groups)
+    live = optimizer.state if isinstance(optimizer.state, dict) else {}
+    reusable = _reusable([p for group in groups for p in group["params"]], entries, live)
+    written = memory_ranges(array for array, _ in reusable.values())
+    state: defaultdict[Any, Any] = defaultdict(dict, deepcopy(own))
+    writes: list[tuple[Any, Any, Any]] = []
+    for p, entry in entries.items():
+        new = state[p] = {}
+        for name, value in entry.items():
+            if (p, name) in reusable:
+                new[name], _ = reusable[p, name]
+                writes.append((new[name], ..., apart_from(written, value)))
+            else:
+                new[name] = _copied(value, p.data)
+    if isinstance(optimizer.param_groups, list):
+        writes.append((optimizer.param_groups, slice(None), groups))
+    else:
+        writes.append((vars(optimizer), "param_groups", groups))
+    writes.append((vars(optimizer), "state", state))
+    deque(starmap(setitem, writes), maxlen=0)  # a single call, in C: no signal can come between two of the writes
+
+
+def natural(value: Any) -> Any:
+    """What a 0-d array holds: .npz makes such arrays of numbers, strings and dicts."""
+    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
+def as_index(key: Any) -> int | None:
+    """A parameter's number; JSON makes strings of them."""
+    if isinstance(key, str) and key.isascii() and key.isdigit():
+        return int(key)
+    return int(key) if isinstance(key, (int, np.integer)) and not isinstance(key, bool) else None
+
+
+def _mapping(what: str, value: Any) -> Mapping[Any, Any]:
+    value = natural(value)
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} is a {type(value).__name__}, must be a dict")
+    return value
+
+
+def _list(what: str, value: Any) -> list[Any]:
+    value = value.tolist() if isinstance(value, np.ndarray) and value.ndim == 1 else value
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise TypeError(f"{what} is a {type(value).__name__}, must be a list")
+    return list(value)
+
+
+def _checked_groups(optimizer: Optimizer, param_groups: Any) -> list[Group]:
+    """The saved groups, with the live parameters."""
+    saved_groups = _list("state_dict: param_groups", param_groups)
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise ValueError(f"state_dict has {len(saved_groups)} param groups, must have {len(optimizer.param_groups)}")
+    groups = []
+    first = 0
+    for i, (live, saved_group) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        what = f"param group {i}"
+        saved = dict(_mapping(f"state_dict: {what}", saved_group))
+        for group, where in ((live, "the optimizer"), (saved, "state_dict")):
+            if "params" not in group:
+                raise KeyError(f"{where}: {what} has no 'params', only {sorted(map(str, group))}")
+        indices = _list(f"state_dict: 'params' of {what}", saved.pop("params"))
+        expected = list(range(first, first + len(live["params"])))
+        if indices != expected:
+            raise ValueError(f"state_dict: {what} has parameters {indices}, must have {expected}")
+        first += len(expected)
+        if "param_names" in saved:
+            names = _list(f"state_dict: 'param_names' of {what}", saved.pop("param_names"))
+            if "param_names" in live and names != live["param_names"]:
+                raise ValueError(f"state_dict: {what} has param_names {names}, must have {live['param_names']}")
+            saved["param_names"] = list(map(str, names))
+        groups.append(_checked_group(optimizer, what, live, saved))
+    return groups
+
+
+def _checked_group(optimizer: Optimizer, what: str, live: Group, saved: Group) -> Group:
+    """A saved group with the live parameters and their names."""
+    options = optimizer.defaults
+    # A key of the user's own may be called like an option of another optimizer (SAM's rho): the live group has it too.
+    if foreign := sorted(map(str, (saved.keys() & CHECKS.keys()) - options.keys() - live.keys())):
+        raise ValueError(
+            f"state_dict of another optimizer: {what} has {foreign[0]!r}, which {type(optimizer).__name__} has not"
+        )
+    group = deepcopy(saved)
+    for key in saved.keys() & options.keys():
+        group[key] = _option(saved[key], options[key])
+    group |= {k: v for k, v in optimizer.later.items() if k in options and k not in saved}
+    group |= {k: live[k] for k in ("param_names",) if k in live}
+    group["params"] = live["params"]
+    try:
+        optimizer.check_group(group)
+    except (KeyError, TypeError, ValueError) as error:
+        kind = next(kind for kind in (KeyError, TypeError, ValueError) if isinstance(error, kind))
+        raise kind(f"state_dict of another optimizer, or damaged: {what}: {error.args[0]}") from None
+    return group
+
+
+def _option(value: Any, default: Any) -> Any:
+    """An option as Python's numbers; a list or array, from JSON or .npz, as the tuple that it was."""
+    value = plain(natural(value))
+    if isinstance(default, tuple) and isinstance(value, (list, np.ndarray)):
+        return tuple(plain(list(value)))
+    return deepcopy(value)
+
+
+def _checked_states(
+    optimizer: Optimizer, saved: Any, groups: Sequence[Group]
+) -> tuple[dict[Parameter, State], dict[Any, Any]]:
+    """The saved state by live parameter, and what the user keeps beside."""
+    params = [(p, group) for group in groups for p in group["params"]]
+    names = {name for group in groups for name in group.get("param_names", ())}
+    entries: dict[Parameter, State] = {}
+    own = {}
+    for key, value in _mapping("state_dict: state", saved).items():
+        index = as_index(key)
+        if isinstance(key, str) and index is None and key not in names:
+            own[key] = value
+            continue
+        if index is None or not 0 <= index < len(params):
+            raise ValueError(f"state_dict has state of parameter {key!r}, must be an int from 0 to {len(params) - 1}")
+        p, group = params[index]
+        if p in entries:
+            raise ValueError(f"state_dict has state of parameter {index} twice")
+        entry = dict(_mapping(f"state_dict: state of {label(index, p)}", value))
+        if optimizer.rule is not None:  # a rule in NumPy may keep what it likes
+            _check_entry(optimizer, label(index, p), entry, p, group)
+        if entry:
+            entries[p] = entry
+    return entries, own
+
+
+def _check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, group: Group) -> None:
+    """Raise unless an entry is one that the optimizer could have made for the parameter, with the user's own beside."""
+    known = {*optimizer.state_names, *(("step",) if optimizer.counts_steps else ())}
+    if entry and not known & entry.keys():  # the user's own alone, from before the first step
+        return
+    if optimizer.counts_steps:
+        if "step" not in entry:
+            raise KeyError(f"{what}: state_dict has no 'step', only {sorted(map(str, entry))}")
+        entry["step"] = _count(f"{what}: state_dict: step", entry["step"])
+    needed = set(filter(None, optimizer.state_streams(group)))
+    for name in (known - {"step"}) & (needed | entry.keys()):
+        check_state_values(what, name, entry, p.data)
+
+
+def _count(what: str, value: Any) -> int:
+    """A step count: .npz and JSON make arrays and floats of them."""
+    step = natural(value)
+    if isinstance(step, (float, np.floating)) and step.is_integer():
+        step = int(step)
+    try:
+        count(what, step)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace(repr(step), repr(value), 1)) from None
+    if step >= MAX_STEP:
+        raise ValueError(f"{what} == {value!r}, must be < 2**62: it leaves no room for the steps to come")
+    return int(step)
+
+
+def _reusable(
+    params: Iterable[Parameter], entries: Mapping[Parameter, State], live: Mapping[Any, Any]
+) -> dict[tuple[Parameter, str], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """The live arrays that the saved numbers can be copied into: users may hold them."""
+    found = {}
+    for p, entry in entries.items():
+        current = live.get(p)
+        if not isinstance(current, dict):
+            continue
+        for name, value in entry.items():
+            array = current.get(name)
+            if isinstance(array, np.ndarray) and isinstance(value, np.ndarray) and _fits(array, value, p.data):
+                found[p, name] = (array, value)
+    shared = overlapping([*(p.data for p in params), *(array for array, _ in found.values())])
+    return {key: pair for key, pair in found.items() if id(pair[0]) not in shared}
+
+
+def _fits(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any], data: np.ndarray[Any, Any]) -> bool:
+    """Whether a live array can take the place of a new copy."""
+    return (
+        array.shape == value.shape
+        and array.dtype == value.dtype
+        and not array.dtype.hasobject
+        and array.flags.writeable
+        and array.flags.aligned
+        and (array.shape != data.shape or same_strides(array, data))
+    )
+
+
+def _copied(value: Any, data: np.ndarray[Any, Any]) -> Any:
+    """A copy of a state entry; in the memory order of the parameter if it has its shape."""
+    if not isinstance(value, np.ndarray) or value.shape != data.shape or value.dtype.hasobject:
+        return deepcopy(value)
+    array = np.empty_like(data, dtype=value.dtype)
+    array[...] = value
+    return array
