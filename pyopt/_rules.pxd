@@ -30,8 +30,8 @@ cdef inline floating magnitude(floating x) noexcept nogil:
 
 
 cdef inline floating sign(floating x) noexcept nogil:
-    """1, -1, or x itself: 0, or NaN, which must not vanish."""
-    return 1 if x > 0 else (-1 if x < 0 else x)
+    """1, -1 or 0; NaN of NaN, which must not vanish."""
+    return 1 if x > 0 else (-1 if x < 0 else x - x)
 
 
 cdef inline floating larger(floating a, floating b) noexcept nogil:

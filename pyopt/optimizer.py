@@ -55,9 +55,8 @@ class Optimizer(Hooked):
     rule: ClassVar[Rule | None] = None
     # State arrays in the order of the rule's streams, each with the option that needs it (None: always needed).
     state_names: ClassVar[Mapping[str, str | None]] = {}
-    # Numbers of the state, one per parameter: `scalars` finds those before the step in the group, by their names, and
-    # returns those after it under the same names, beside the numbers of the rule.
-    scalar_states: ClassVar[tuple[str, ...]] = ()
+    # Further numbers that the state keeps per parameter beside "step": see `next_numbers`.
+    number_states: ClassVar[tuple[str, ...]] = ()
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
@@ -202,10 +201,20 @@ class Optimizer(Hooked):
         """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
 
         Args:
-            group: the hyper-parameters.
+            group: the hyper-parameters, and what `next_numbers` returned, by name.
             step: the number of this step of a parameter, from 1; without `counts_steps` 2 for all but the first.
         """
         raise TypeError(f"{type(self).__name__} has a compiled rule and must override `scalars`")
+
+    def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        """What the numbers of the state (`number_states`) are after a step; what else it returns is for `scalars`.
+
+        Args:
+            group: the hyper-parameters.
+            step: as for `scalars`.
+            numbers: what they are before the step, by name.
+        """
+        raise TypeError(f"{type(self).__name__} has number_states and must override `next_numbers`")
 
     def initial_value(self, name: str, group: Group) -> float:
         """What a state array is filled with at first, and what a number of the state is."""
@@ -219,7 +228,7 @@ class Optimizer(Hooked):
     def new_state(self, p: Parameter, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step."""
         state: dict[str, Any] = {"step": 0} if self.counts_steps else {}
-        for name in self.scalar_states:
+        for name in self.number_states:
             state[name] = float(self.initial_value(name, group))
         for name in filter(None, self.state_streams(group)):
             state[name] = np.full_like(p.data, self.initial_value(name, group))

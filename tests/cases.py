@@ -31,6 +31,32 @@ def combinations(optimizer: type[pyopt.Optimizer], oracle: Callable[..., Any], *
     ]
 
 
+def with_numbers(optimizer: type[pyopt.Optimizer]) -> type[pyopt.Optimizer]:
+    """The optimizer with the numbers of its state kept here: a function of the step count, with options that stay."""
+
+    class WithNumbers(optimizer):
+        def scalars(self, group: Any, step: int) -> Any:
+            numbers = vars(self).setdefault(
+                "numbers", {0: {n: self.initial_value(n, group) for n in self.number_states}}
+            )
+            after = self.next_numbers(group, step, numbers[step - 1])
+            numbers[step] = {name: after[name] for name in self.number_states}
+            return super().scalars({**group, **after}, step)
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().step(*args, **kwargs)
+            for entry in self.state.values():
+                entry.update(self.numbers[entry["step"]])
+            return loss
+
+    WithNumbers.__name__ = optimizer.__name__
+    return WithNumbers
+
+
+NAdam, ASGD, SGDScheduleFree, AdamWScheduleFree = map(
+    with_numbers, [pyopt.NAdam, pyopt.ASGD, pyopt.SGDScheduleFree, pyopt.AdamWScheduleFree]
+)
+
 MAXIMIZE = [None, True]
 DECAY = [None, 0.1]
 
@@ -68,6 +94,100 @@ CASES = [
         betas=[None, (0.2, 0.9)],
     ),
     *combinations(pyopt.AdamW, reference.adam, amsgrad=[None, True], maximize=MAXIMIZE, eps=[None, 1e-3]),
+    *combinations(pyopt.Adadelta, reference.adadelta, rho=[None, 0.5], weight_decay=DECAY, maximize=MAXIMIZE),
+    *combinations(
+        pyopt.Adamax,
+        reference.adamax,
+        betas=[None, (0.2, 0.9)],
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+        eps=[None, 1e-3],
+    ),
+    *combinations(
+        NAdam,
+        reference.nadam,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9)],
+        momentum_decay=[None, 0.1],
+    ),
+    *combinations(
+        pyopt.RAdam,
+        reference.radam,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9), (0.9, 0.5)],
+    ),
+    *combinations(
+        ASGD, reference.asgd, lambd=[None, 0.1], alpha=[None, 0.5], t0=[None, 3], weight_decay=DECAY, maximize=MAXIMIZE
+    ),
+    *combinations(
+        pyopt.Rprop, reference.rprop, etas=[None, (0.3, 2)], step_sizes=[None, (5e-3, 0.02)], maximize=MAXIMIZE
+    ),
+    *combinations(
+        pyopt.AdaBelief,
+        reference.adabelief,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, False],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9)],
+        eps=[None, 1e-8],
+    ),
+    *combinations(
+        pyopt.ADOPT,
+        reference.adopt,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9)],
+    ),
+    *combinations(
+        pyopt.AdEMAMix,
+        reference.ademamix,
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9, 0.95)],
+        beta3_warmup=[None, 8],
+        alpha_warmup=[None, 5],
+    ),
+    *combinations(
+        pyopt.Adan,
+        reference.adan,
+        weight_decay=[None, 0],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.3, 0.9)],
+        eps=[None, 1e-3],
+    ),
+    *combinations(
+        pyopt.FTRL,
+        reference.ftrl,
+        l1=[None, 2],
+        l2=[None, 0.5],
+        beta=[None, 1],
+        initial_accumulator_value=[None, 0],
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        SGDScheduleFree,
+        reference.sgd_schedule_free,
+        lr=[0.1],
+        momentum=[None, 0.3],
+        weight_decay=DECAY,
+        warmup_steps=[None, 4],
+        r=[None, 1.5],
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        AdamWScheduleFree,
+        reference.adamw_schedule_free,
+        betas=[None, (0.3, 0.9)],
+        weight_decay=DECAY,
+        warmup_steps=[None, 4],
+        weight_lr_power=[None, 1],
+        maximize=MAXIMIZE,
+    ),
 ]
 
 # One case per optimizer and set of streams, for what does not depend on the other options.
@@ -81,6 +201,20 @@ BRIEF = [
     Case(pyopt.Adam, reference.adam, {"weight_decay": 0.1}),
     Case(pyopt.Adam, reference.adam, {"amsgrad": True}),
     Case(pyopt.AdamW, reference.adam),
+    Case(pyopt.Adadelta, reference.adadelta),
+    Case(pyopt.Adamax, reference.adamax),
+    Case(NAdam, reference.nadam),
+    Case(pyopt.RAdam, reference.radam, {"betas": (0.9, 0.5)}),
+    Case(pyopt.RAdam, reference.radam),
+    Case(ASGD, reference.asgd, {"t0": 1}),
+    Case(pyopt.Rprop, reference.rprop),
+    Case(pyopt.AdaBelief, reference.adabelief, {"weight_decay": 0.1}),
+    Case(pyopt.ADOPT, reference.adopt),
+    Case(pyopt.AdEMAMix, reference.ademamix),
+    Case(pyopt.Adan, reference.adan),
+    Case(pyopt.FTRL, reference.ftrl, {"l1": 0.1}),
+    Case(SGDScheduleFree, reference.sgd_schedule_free, {"weight_decay": 0.1}),
+    Case(AdamWScheduleFree, reference.adamw_schedule_free, {"weight_decay": 0.1}),
 ]
 
 DTYPES = [np.float32, np.float64]

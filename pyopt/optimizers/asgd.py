@@ -48,7 +48,7 @@ class ASGD(Optimizer):
 
     rule = kernels.asgd
     state_names = {"ax": None}
-    scalar_states = ("eta", "mu")
+    number_states = ("eta", "mu")
     counts_steps = True
 
     def __init__(
@@ -69,14 +69,20 @@ class ASGD(Optimizer):
     def initial_value(self, name: str, group: Group) -> float:
         return {"eta": float(group["lr"]), "mu": 1.0}.get(name, 0.0)
 
+    def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        lr = group["lr"]
+        return {
+            "eta": lr / (1 + group["lambd"] * lr * step) ** group["alpha"],
+            "mu": 1 / max(1, step - group["t0"]),
+            "step_size": numbers["eta"],
+            "weight": numbers["mu"],
+        }
+
     def scalars(self, group: Group, step: int) -> dict[str, float]:
-        lr, lambd, eta, mu = group["lr"], group["lambd"], group["eta"], group["mu"]
         return {
             **decay(group),
-            "step_size": eta,
-            "weight": mu,
-            "averages": mu != 1,
-            "decay_factor": 1 - lambd * eta,
-            "eta": lr / (1 + lambd * lr * step) ** group["alpha"],
-            "mu": 1 / max(1, step - group["t0"]),
+            "step_size": group["step_size"],
+            "weight": group["weight"],
+            "averages": group["weight"] != 1,
+            "decay_factor": 1 - group["lambd"] * group["step_size"],
         }

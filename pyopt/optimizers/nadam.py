@@ -50,7 +50,7 @@ class NAdam(Optimizer):
 
     rule = kernels.nadam
     state_names = {"exp_avg": None, "exp_avg_sq": None}
-    scalar_states = ("mu_product",)
+    number_states = ("mu_product",)
     counts_steps = True
 
     def __init__(
@@ -81,12 +81,14 @@ class NAdam(Optimizer):
     def initial_value(self, name: str, group: Group) -> float:
         return 1.0 if name == "mu_product" else 0.0
 
+    def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        mu, mu_next = (group["betas"][0] * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"])) for t in (step, step + 1))
+        return {"mu_product": numbers["mu_product"] * mu, "mu": mu, "mu_next": mu_next}
+
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         lr, (beta1, beta2) = group["lr"], group["betas"]
-        mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"])) for t in (step, step + 1))
-        mu_product = group["mu_product"] * mu
+        mu, mu_next, mu_product = group["mu"], group["mu_next"], group["mu_product"]
         return {
-            "mu_product": mu_product,
             "gradient_step_size": lr * (1 - mu) / (1 - mu_product),
             "step_size": lr * mu_next / (1 - mu_product * mu_next),
             "weight1": 1 - beta1,

@@ -53,8 +53,18 @@ class TrainEval:
 class ScheduleFree(TrainEval, Optimizer):
     """What the two optimizers below have in common."""
 
-    scalar_states = ("lr_max", "weight_sum")
+    number_states = ("lr_max", "weight_sum")
     counts_steps = True
+
+    def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        lr = group["lr"]
+        if group["warmup_steps"]:
+            lr *= min(1, step / group["warmup_steps"])
+        lr_max = max(lr, numbers["lr_max"])
+        weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
+        weight_sum = numbers["weight_sum"] + weight
+        c = weight / weight_sum if weight_sum else 0
+        return {"lr_max": lr_max, "weight_sum": weight_sum, "lr": lr, "c": c}
 
     def _interpolate(self, moves: list[Move]) -> None:
         groups = [{"params": [p], "weight": weight} for p, _, weight in moves]
@@ -88,14 +98,10 @@ CHECKS = {"warmup_steps": count, "r": non_negative, "weight_lr_power": non_negat
 
 
 def _average(group: Group, step: int, beta: float) -> dict[str, float]:
-    """The numbers of both rules: the learning rate, and the weight of this step in the average."""
+    """The numbers that both rules have; lr and c are those of this step, by `next_numbers`."""
     if not group["train_mode"]:
         raise RuntimeError("step() in evaluation mode, in which the parameters are the average: call train() first")
-    lr = group["lr"] * min(1, step / group["warmup_steps"]) if group["warmup_steps"] else group["lr"]
-    lr_max = max(lr, group["lr_max"])
-    weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
-    weight_sum = group["weight_sum"] + weight
-    c = weight / weight_sum if weight_sum else 0
+    lr, c = group["lr"], group["c"]
     return {
         "lr": lr,
         "c": c,
@@ -103,8 +109,6 @@ def _average(group: Group, step: int, beta: float) -> dict[str, float]:
         "weight_decay": group["weight_decay"],
         "gradient_factor": -1 if group["maximize"] else 1,
         "first": step == 1,
-        "lr_max": lr_max,
-        "weight_sum": weight_sum,
     }
 
 
