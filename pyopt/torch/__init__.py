@@ -1,15 +1,33 @@
 """torch.optim on CPU at the speed of memory: `import pyopt.torch as optim` and keep everything else.
 
 The classes are subclasses of torch's own: constructor, defaults, groups, state, state_dict, hooks and repr are torch's,
-only `step` is pyopt's. See `explain` for the parameters that are left to torch's own step.
+only `step` is pyopt's. What pyopt has none of its own for (`lr_scheduler`, `swa_utils`, `Optimizer`, the other classes)
+is torch.optim's. See `explain` for whose step a parameter takes.
 """
 
-from pyopt.torch.checkpoint import from_torch as from_torch
-from pyopt.torch.checkpoint import to_torch as to_torch
+from typing import Any
+
+import torch.optim
+
+from pyopt.torch.convert import from_torch as from_torch
+from pyopt.torch.convert import to_torch as to_torch
+from pyopt.torch.explain import explain as explain
 from pyopt.torch.optimizers import SGD as SGD
 from pyopt.torch.optimizers import Adagrad as Adagrad
 from pyopt.torch.optimizers import Adam as Adam
 from pyopt.torch.optimizers import AdamW as AdamW
 from pyopt.torch.optimizers import Lion as Lion
 from pyopt.torch.optimizers import RMSprop as RMSprop
-from pyopt.torch.stepper import explain as explain
+
+_OWN = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "explain", "from_torch", "to_torch"]
+__all__ = sorted({*_OWN, *(name for name in dir(torch.optim) if not name.startswith("_"))})
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(torch.optim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and torch.optim has none either")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

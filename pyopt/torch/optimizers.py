@@ -10,14 +10,14 @@ import torch
 import pyopt
 from pyopt._options import check_options
 from pyopt.checks import plain
-from pyopt.torch.stepper import Stepper
+from pyopt.torch.step import KernelStepMixin
 
 
-class SGD(Stepper, torch.optim.SGD, core=pyopt.SGD):
+class SGD(KernelStepMixin, torch.optim.SGD, core=pyopt.SGD):
     """torch.optim.SGD, its arguments, state and errors, with the step of pyopt.SGD."""
 
 
-class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
+class Lion(KernelStepMixin, torch.optim.Optimizer, core=pyopt.Lion):
     """pyopt.Lion for tensors. torch has none: what the kernels do not cover takes the loop below.
 
     Args:
@@ -53,15 +53,15 @@ class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
 
     @torch.no_grad()
     def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+        if any(p.grad is not None and p.grad.is_sparse for _, p in left):
+            raise RuntimeError("Lion does not support sparse gradients")
         for index, p in left:
             assert p.grad is not None
-            if p.grad.is_sparse:
-                raise RuntimeError("Lion does not support sparse gradients")
             h = plain(self.param_groups[index])
             beta1, beta2 = h["betas"]
             g = p.grad * (-factor if h["maximize"] else factor)
             state = self.state[p]
-            if not state:
+            if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             m = state["exp_avg"]
             direction = beta1 * m + (1 - beta1) * g
@@ -70,17 +70,17 @@ class Lion(Stepper, torch.optim.Optimizer, core=pyopt.Lion):
             m.mul_(beta2).add_(g, alpha=1 - beta2)
 
 
-class Adagrad(Stepper, torch.optim.Adagrad, core=pyopt.Adagrad):
+class Adagrad(KernelStepMixin, torch.optim.Adagrad, core=pyopt.Adagrad):
     """torch.optim.Adagrad, its arguments, state and errors, with the step of pyopt.Adagrad."""
 
 
-class RMSprop(Stepper, torch.optim.RMSprop, core=pyopt.RMSprop):
+class RMSprop(KernelStepMixin, torch.optim.RMSprop, core=pyopt.RMSprop):
     """torch.optim.RMSprop, its arguments, state and errors, with the step of pyopt.RMSprop."""
 
 
-class Adam(Stepper, torch.optim.Adam, core=pyopt.Adam):
+class Adam(KernelStepMixin, torch.optim.Adam, core=pyopt.Adam):
     """torch.optim.Adam, its arguments, state and errors, with the step of pyopt.Adam."""
 
 
-class AdamW(Stepper, torch.optim.AdamW, core=pyopt.AdamW):
+class AdamW(KernelStepMixin, torch.optim.AdamW, core=pyopt.AdamW):
     """torch.optim.AdamW, its arguments, state and errors, with the step of pyopt.AdamW."""

@@ -1,0 +1,214 @@
+"""The step of the torch optimizers: pyopt's table for what its kernels cover, torch's own step for the rest."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad, profiler
+from torch.optim import optimizer as torch_optimizer
+
+import pyopt
+from pyopt.torch._tensors import TensorTable
+from pyopt.torch.fallback import step_by_torch
+
+Group = dict[str, Any]
+Step = Callable[..., Any]
+
+GLOBAL_PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
+GLOBAL_POST_HOOKS = torch_optimizer._global_optimizer_post_hooks
+
+
+def hidden_from_dynamo(function: Step) -> Step:
+    """torch.compile breaks its graph at a call of this function once, and looks at nothing that it calls.
+
+    As torch._dynamo.disable does, but without a wrapper that costs every step, and without importing torch._dynamo.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    frames: Any = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    else:  # older torch looks at what the function calls
+        frames.skip_code(function.__code__)
+    return function
+
+
+def hooked_where_somebody_looks(function: Step) -> Step:
+    """`step` with what torch's constructor wraps around it, where there is a hook or a profiler to see it.
+
+    The wrapper takes longer than the step of a small tensor.
+    """
+    observed = torch_optimizer.Optimizer.profile_hook_step(function)
+
+    @functools.wraps(function)
+    def step(self: KernelStepMixin, *args: Any, **kwargs: Any) -> Any:
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or GLOBAL_PRE_HOOKS
+            or GLOBAL_POST_HOOKS
+            or profiler._is_profiler_enabled
+            or _profiler_enabled()
+        ) and getattr(type(self).step, "__code__", None) is not observed.__code__:  # a subclass's step has run them
+            return observed(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+
+    step.hooked = True  # type: ignore[attr-defined]
+    return hidden_from_dynamo(step)
+
+
+class FromScaler:
+    """`grad_scale` or `found_inf`. What GradScaler sets counts while its call runs: one that raises leaves nothing."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.key = name, f"_pyopt_{name}"
+
+    def __get__(self, optimizer: KernelStepMixin | None, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        value, scaler = vars(optimizer).get(self.key, (self, None))
+        if scaler is not None and not is_running(scaler):
+            del vars(optimizer)[self.key]
+            value = self
+        if value is self:
+            raise AttributeError(f"{type(optimizer).__name__!r} object has no attribute {self.name!r}")
+        return value
+
+    def __set__(self, optimizer: KernelStepMixin, value: Any) -> None:
+        caller = sys._getframe(1)
+        is_scaler = caller.f_globals.get("__name__") == "torch.amp.grad_scaler"
+        vars(optimizer)[self.key] = value, caller if is_scaler else None
+
+    def __delete__(self, optimizer: KernelStepMixin) -> None:
+        if vars(optimizer).pop(self.key, None) is None:
+            raise AttributeError(self.name)
+
+
+def is_running(call: FrameType) -> bool:
+    """Whether a call is not over yet, asked from within it or after it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is call
+
+
+class KernelStepMixin:
+    """Mixin in front of a torch optimizer: its `step`, by the rule of the pyopt optimizer `core`.
+
+    Covered are dense float32 and float64 tensors on the CPU, with gradients of any memory order. What is not (sparse
+    gradients, complex and half precision, other devices, tensor subclasses, `differentiable=True`, parameters whose
+    elements do not lie side by side or that share memory) takes torch's own step; so does all of a step that a
+    dispatch mode, a tracer or forward-mode differentiation follows.
+    """
+
+    _core: ClassVar[type[pyopt.Optimizer]]
+    _side: ClassVar[type[Side]]
+    state: Any
+    defaults: Group
+    param_groups: list[Group]
+    _optimizer_step_pre_hooks: dict[int, Any]
+    _optimizer_step_post_hooks: dict[int, Any]
+    grad_scale = FromScaler()
+    found_inf = FromScaler()
+
+    def __init_subclass__(cls, core: type[pyopt.Optimizer] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if core is not None:
+            cls._core = core
+            declared = {name: getattr(core, name) for name in ("rule", "counts_steps", "state_names")}
+            cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
+
+    @hooked_where_somebody_looks
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, once; returns what the closure returned, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        attributes = self.__dict__
+        factor = 1.0
+        if "_pyopt_found_inf" in attributes and float(getattr(self, "found_inf", 0) or 0):
+            return loss
+        if "_pyopt_grad_scale" in attributes:
+            scale = getattr(self, "grad_scale", None)
+            factor = 1.0 if scale is None else float(torch.as_tensor(scale, dtype=torch.float64).reciprocal())
+        if is_observed():
+            groups = enumerate(self.param_groups)
+            self._step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
+        else:
+            (attributes.get("_pyopt_table") or table_of(self)).step(self._side(self), None, factor)
+        return loss
+
+    def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+        """Torch's step on these parameters alone, gradients multiplied by factor."""
+        step_by_torch(self, left, factor)
+
+
+class Side:
+    """What the table asks of an optimizer, answered for one of torch's by the pyopt optimizer behind it.
+
+    A class of its own, so that subclasses of the optimizer are free in their names; made anew for each step, so that
+    it holds nothing from before. Every class of the catalogue has a subclass, with what its core declares.
+    """
+
+    __slots__ = ("defaults", "optimizer", "param_groups", "state")
+    core: ClassVar[type[pyopt.Optimizer]]
+    rule: ClassVar[Any]
+    counts_steps: ClassVar[bool]
+    state_names: ClassVar[Any]
+
+    def __init__(self, optimizer: KernelStepMixin) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def check_group(self, group: Group) -> None:
+        """torch checks in its constructors alone."""
+
+    def scalars(self, group: Group, step: int) -> dict[str, float]:
+        """The numbers of the rule; older torch has fewer hyper-parameters in its groups."""
+        later = self.core.later
+        if not later.keys() <= group.keys():
+            group = {**later, **group}
+        return self.core.scalars(self, group, step)  # type: ignore[arg-type]
+
+    def state_streams(self, group: Group) -> tuple[str | None, ...] | None:
+        """The state behind each stream of the rule, None for a group that is left to torch."""
+        return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
+
+    @staticmethod
+    def reason(group: Group) -> str | None:
+        """Why a whole group is left to torch."""
+        return next((f"{key}=True" for key in ("differentiable", "capturable") if group.get(key)), None)
+
+    @torch.no_grad()
+    def new_state(self, p: torch.Tensor, group: Group) -> dict[str, Any]:
+        """The state of a parameter before its first step, as torch makes it."""
+        state: dict[str, Any] = {}
+        if self.counts_steps:
+            double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+        for name in filter(None, self.state_streams(group) or ()):
+            value = self.core.initial_value(self, name, self.defaults)  # type: ignore[arg-type]
+            state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
+        return state
+
+    def step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
+        """The step of what is left to torch."""
+        self.optimizer._step_by_torch(left, factor)
+
+
+def table_of(optimizer: KernelStepMixin) -> TensorTable:
+    """The optimizer's; torch's __getstate__ leaves it behind in copies."""
+    return vars(optimizer).setdefault("_pyopt_table", TensorTable())  # type: ignore[no-any-return]
+
+
+def is_observed() -> bool:
+    """Whether somebody follows what torch computes: dispatch modes, tracers, forward-mode differentiation."""
+    return _is_tracing() or _len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
