@@ -6,6 +6,7 @@ import shutil
 import sys
 import sysconfig
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -15,20 +16,35 @@ EXACT = ["-fno-fast-math", "-ffp-contract=off"]
 # behind -fno-fast-math, which resets them); the last lets it move the options of the longest rules out of the loop.
 VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math", "--param=max-unswitch-insns=500"]
 OPENMP = ["-fopenmp"]
-COMPILE_ARGS = EXACT + VECTOR + OPENMP
+# Two builds to look for faults with, each asked for by an environment variable. PYOPT_SANITIZE=address,undefined names
+# GCC's sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews and
+# None. The build tool does not see that a variable has changed: `build_ext --inplace --force`, to and fro.
+SANITIZE = [f"-fsanitize={names}"] if (names := os.environ.get("PYOPT_SANITIZE")) else []
+DEBUG = os.environ.get("PYOPT_DEBUG", "0") not in ("", "0")
+FOR_DEBUGGER = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG or SANITIZE else []
+COMPILE_ARGS = EXACT + VECTOR + OPENMP + SANITIZE + FOR_DEBUGGER
+LINK_ARGS = OPENMP + SANITIZE
 # Levels of instructions: the kernels are compiled once for each. The rest of the package gets the baseline, whatever
 # CFLAGS says, since it runs before the CPU has been asked.
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
 MODULES = ["_engine", "_table", "torch._tensors", "_kernels", *LEVELS]
+# The limited API of Python 3.11; of NumPy the inline accessors of its arrays (_numpy_arrays.pxd), as of 2.0.
+MACROS = [
+    ("Py_LIMITED_API", "0x030b0000"),
+    ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+    ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+]
 
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": False,
+    "boundscheck": DEBUG,
     "wraparound": False,
-    "cdivision": True,  # also for the inline functions of .pxd files, which a header in the .pyx does not reach
-    "initializedcheck": False,
+    # IEEE's x / 0; also for the inline functions of .pxd files, which a header in the .pyx does not reach
+    "cdivision": True,
+    "initializedcheck": DEBUG,
+    "nonecheck": DEBUG,
     "freethreading_compatible": False,
 }
 
@@ -38,10 +54,11 @@ def extension(name: str) -> Extension:
     return Extension(
         f"pyopt.{name}",
         [f"pyopt/{name.replace('.', '/')}.pyx"],
-        define_macros=[("Py_LIMITED_API", "0x030b0000")],
+        include_dirs=[numpy.get_include()],
+        define_macros=MACROS,
         py_limited_api=True,
         extra_compile_args=[*LEVELS.get(name, BASELINE), *COMPILE_ARGS],
-        extra_link_args=OPENMP,
+        extra_link_args=LINK_ARGS,
     )
 
 
@@ -58,7 +75,8 @@ def require_compiler() -> None:
 if __name__ == "__main__":
     if any(command in sys.argv for command in ("build_ext", "bdist_wheel", "editable_wheel", "build", "install")):
         require_compiler()
+    anew = bool(FOR_DEBUGGER or {"-f", "--force"} & set(sys.argv))
     setup(
-        ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES),
+        ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES, force=anew),
         options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )

@@ -4,9 +4,11 @@
 #   huge tensor and for a thousand tiny ones. An element's result does not depend on where the cuts fall.
 # - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
 
+cimport cython
 from cython.parallel cimport parallel
 
 cimport openmp
+from cpython.pythread cimport PyThread_get_thread_ident
 
 
 cdef class Rule:
@@ -72,23 +74,34 @@ cdef void run_part(const Work *work, Py_ssize_t count, const Numbers *numbers, P
 
 cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers) noexcept nogil:
     """Run the rules of all work."""
+    global used
     cdef Py_ssize_t cost = work[count - 1].start + work[count - 1].size + ROW_COST if count else 0
-    sweep_on(work, count, numbers, cost, threads_for(cost), flush_denormals)
+    cdef int threads = threads_for(cost)
+    if threads > 1 and startable(threads) < threads:
+        threads = 1  # libgomp would end the process: this step does without
+    used = sweep_on(work, count, numbers, cost, threads, flush_denormals)
 
 
-cdef void sweep_on(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int threads,
-                   bint flush) noexcept nogil:
+cdef int sweep_on(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int threads,
+                  bint flush) noexcept nogil:
+    """Run them on a team of this size; returns how many threads OpenMP gave."""
+    global own_team
+    cdef int given = 1
     if threads == 1:
         run_in_mode(work, count, numbers, 0, cost, flush)
-        return
+        return 1
     with parallel(num_threads=threads):  # not prange, whose lastprivate index costs a barrier at the entry
-        run_share(work, count, numbers, cost, threads, flush)
+        run_share(work, count, numbers, cost, threads, flush, &given)
+    own_team = threads
+    return given
 
 
 cdef void run_share(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int parts,
-                    bint flush) noexcept nogil:
+                    bint flush, int *given) noexcept nogil:
     """What falls to this thread: one part, or several where OpenMP gave a smaller team than asked for."""
     cdef Py_ssize_t part = openmp.omp_get_thread_num()
+    if part == 0:
+        given[0] = openmp.omp_get_num_threads()
     while part < parts:
         run_in_mode(work, count, numbers, cost * part // parts, cost * (part + 1) // parts, flush)
         part += openmp.omp_get_num_threads()
@@ -150,32 +163,89 @@ cdef extern from *:
     int cpu_level() noexcept nogil
 
 
-# --- threads and modes of the process ---------------------------------------------------------------------------------
+# --- the number of threads --------------------------------------------------------------------------------------------
 
-cdef int team = 1  # as asked for; pyopt.threads sets the default
-cdef bint flush_denormals = False
+cdef int team = 1  # what holds now: that of the block entered last of those still open, else the base
+cdef int base_team = 1  # as set outside of blocks; pyopt.threads sets the default
+cdef list open_blocks = []  # in the order in which they were entered
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
-cdef int initial_limit = openmp.omp_get_max_threads()
-cdef Py_ssize_t parallel_cost = -1  # the least cost that is shared among threads, once it is known
-cdef Py_ssize_t LEAST_SHARED = 4096
-cdef double NS_PER_ELEMENT = 0.25  # of the fastest rules in cache: the more a rule does, the sooner threads pay
+cdef int initial_limit = openmp_default()  # what others set since or before is a limit, this is none
+cdef Py_ssize_t parallel_cost = -1  # what a test has set
+
+
+@cython.final
+cdef class OpenBlock:
+    cdef TeamBlock owner
+    cdef unsigned long thread
+    cdef int threads
+
+
+cdef class TeamBlock:
+    """A `with` block of a number of threads; compiled, so that a signal finds it entered whole or not at all."""
+    cdef int threads
+
+    def __init__(self, int threads):
+        self.threads = threads
+
+    def __enter__(self):
+        cdef OpenBlock block = OpenBlock.__new__(OpenBlock)
+        block.owner, block.thread, block.threads = self, PyThread_get_thread_ident(), self.threads
+        require_startable(self.threads)
+        open_blocks.append(block)
+        renew_team()
+
+    def __exit__(self, *_):
+        cdef Py_ssize_t i
+        for i in range(len(open_blocks) - 1, -1, -1):
+            if (<OpenBlock>open_blocks[i]).owner is self:
+                del open_blocks[i]
+                break
+        renew_team()
+
+
+cdef void renew_team() noexcept:
+    global team
+    team = (<OpenBlock>open_blocks[len(open_blocks) - 1]).threads if open_blocks else base_team
 
 
 def set_team(int threads):
-    """How many threads a step may use; returns the number before."""
-    global team, parallel_cost
-    before = team
-    if threads != team:
-        team, parallel_cost = threads, -1
-    return before
+    """How many threads a step may use: in this thread's innermost open block if it has one, else where none is open."""
+    global base_team
+    cdef OpenBlock block
+    cdef unsigned long thread = PyThread_get_thread_ident()
+    require_startable(threads)
+    for block in reversed(open_blocks):
+        if block.thread == thread:
+            block.threads = threads
+            break
+    else:
+        base_team = threads
+    renew_team()
+
+
+def set_default_team(int threads):
+    """The base to begin with; whether it can be started is seen at the first step that would."""
+    global base_team
+    base_team = threads
+    renew_team()
 
 
 cpdef int get_team() noexcept nogil:
-    """How many threads a step uses now: those asked for, less if OpenMP was limited since, 1 in a forked child."""
+    """How many threads a step uses now: those asked for, less if OpenMP is limited, 1 in a forked child."""
     cdef int limit = openmp.omp_get_max_threads()
     if forked:
         return 1
     return limit if limit < initial_limit and limit < team else team
+
+
+def is_limited():
+    """Whether something else set OpenMP's number in this thread (threadpoolctl, torch.set_num_threads) and it wins."""
+    return not forked and get_team() < team
+
+
+def threads_used():
+    """How many threads the last step of this Python thread ran on."""
+    return used
 
 
 def after_fork():
@@ -185,6 +255,101 @@ def after_fork():
 
 def is_forked():
     return forked
+
+
+# --- whether threads can be started -----------------------------------------------------------------------------------
+# Where a thread cannot be started libgomp ends the process. So they are started here first, all at once, and libgomp's
+# own right after, which it then keeps for this Python thread. What remains: a limit that falls between the two; and
+# another library on the same libgomp whose smaller team, in the same Python thread, made it drop the rest of ours.
+
+cdef extern from *:
+    """
+    #include <omp.h>
+    #include <pthread.h>
+    #include <stdlib.h>
+
+    static __thread int own_team = 1;  /* the threads libgomp keeps for this thread, itself included */
+    static __thread int used = 1;
+    static size_t stack_size = 0;      /* of libgomp's threads, 0 for the system's default */
+    static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
+
+    static void *pass(void *gate) {
+        pthread_mutex_lock((pthread_mutex_t *)gate);
+        pthread_mutex_unlock((pthread_mutex_t *)gate);
+        return NULL;
+    }
+
+    /* How many of so many threads the machine starts; they have ended when it returns. */
+    static int start_threads(int count) {
+        pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+        pthread_attr_t attributes;
+        pthread_t *threads = (pthread_t *)malloc(sizeof(pthread_t) * (size_t)count);
+        int started = 0, i;
+        if (threads == NULL) return 0;
+        if (pthread_attr_init(&attributes)) { free(threads); return 0; }
+        if (stack_size) pthread_attr_setstacksize(&attributes, stack_size);
+        pthread_mutex_lock(&gate);
+        while (started < count && !pthread_create(&threads[started], &attributes, pass, &gate)) started++;
+        pthread_mutex_unlock(&gate);
+        for (i = 0; i < started; i++) pthread_join(threads[i], NULL);
+        pthread_attr_destroy(&attributes);
+        free(threads);
+        return started;
+    }
+
+    static void *ask(void *out) { *(int *)out = omp_get_max_threads(); return NULL; }
+
+    /* OpenMP's own number, by its environment: a new thread has it, whatever was set in this one. */
+    static int openmp_default(void) {
+        int number = omp_get_max_threads();
+        pthread_t thread;
+        if (!pthread_create(&thread, NULL, ask, &number)) pthread_join(thread, NULL);
+        return number;
+    }
+    """
+    ctypedef struct pthread_mutex_t:
+        pass
+    int own_team, used
+    size_t stack_size
+    pthread_mutex_t starting
+    int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept nogil
+    int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept nogil
+    int start_threads(int count) noexcept nogil
+    int openmp_default() noexcept nogil
+
+
+def set_stack_size(size_t size):
+    global stack_size
+    stack_size = size
+
+
+cdef int startable(int threads) noexcept nogil:
+    """The size up to this one of the team that this Python thread can have; where it is this one, it has it now."""
+    cdef int started, needed = min(threads, openmp.omp_get_thread_limit())
+    if needed <= own_team:
+        return threads
+    pthread_mutex_lock(&starting)
+    started = 1 + start_threads(needed - 1)
+    if started == needed:
+        sweep_on(NULL, 0, NULL, 0, threads, False)
+    pthread_mutex_unlock(&starting)
+    return threads if started == needed else started
+
+
+cdef int require_startable(int threads) except -1:
+    cdef int started = threads
+    if not forked:
+        with nogil:
+            started = startable(threads)
+    if started < threads:
+        raise RuntimeError(f"num_threads == {threads}, but this process can have only {started} threads in a step now: "
+                           "see its limits (ulimit -a, the cgroup's pids.max and memory)")
+    return 0
+
+
+# --- denormals, the CPU -----------------------------------------------------------------------------------------------
+
+cdef bint flush_denormals = False
 
 
 def set_flush_denormal(bint mode):
@@ -218,43 +383,32 @@ def get_cpu_level():
     return cpu_level()
 
 
+# --- from which size threads pay --------------------------------------------------------------------------------------
+
+# Fixed, not measured: what one moment on a busy machine says must not hold for the life of a process. On quiet machines
+# two threads that still spin pay from 20 000 elements of Adam and 50 000 of SGD on, where either loses or gains half a
+# microsecond; threads that have gone to sleep take tens of microseconds to wake, the more the larger the team.
+
+cdef enum:
+    REGION_COST = 24576  # of a parallel region, in elements
+    THREAD_COST = 4096  # of each of its threads
+
+
 def get_parallel_cost():
-    """The least number of elements that is shared among threads; -1 while it has not been measured."""
-    return parallel_cost
+    """The least number of elements that is shared among threads."""
+    return least_shared(get_team())
 
 
 def set_parallel_cost(Py_ssize_t cost):
-    """Share this many elements and more; -1 measures it at the next step that could."""
+    """For tests: share this many elements and more; -1 as usual."""
     global parallel_cost
     parallel_cost = cost
 
 
-cdef Py_ssize_t measure_parallel_cost(int threads) noexcept nogil:
-    """The cost from which on a region pays: the least time of empty regions, four times for threads that sleep.
-
-    It ends after a millisecond: on a busy machine a single region can take many.
-    """
-    cdef double best = 1, start, end = 0, deadline
-    cdef int _draw
-    sweep_on(NULL, 0, NULL, 0, threads, False)  # makes the team
-    deadline = openmp.omp_get_wtime() + 1e-3
-    for _draw in range(200):
-        start = openmp.omp_get_wtime()
-        sweep_on(NULL, 0, NULL, 0, threads, False)
-        end = openmp.omp_get_wtime()
-        best = min(best, end - start)
-        if end > deadline:
-            break
-    return max(LEAST_SHARED, <Py_ssize_t>(4e9 * best / NS_PER_ELEMENT * threads / (threads - 1)))
+cdef Py_ssize_t least_shared(int threads) noexcept nogil:
+    return parallel_cost if parallel_cost >= 0 else REGION_COST + <Py_ssize_t>THREAD_COST * threads
 
 
 cdef int threads_for(Py_ssize_t cost) noexcept nogil:
-    global parallel_cost
     cdef int threads = get_team()
-    if threads == 1:
-        return 1
-    if parallel_cost < 0:
-        if cost < LEAST_SHARED:  # a small step need not wait for the measurement
-            return 1
-        parallel_cost = measure_parallel_cost(threads)
-    return threads if cost >= parallel_cost else 1
+    return threads if threads > 1 and cost >= least_shared(threads) else 1

@@ -21,6 +21,8 @@ def config() -> dict[str, dict[str, Any]]:
     in_use = threads.get_num_threads()
     if _engine.is_forked():
         why = "this is a forked child: one thread"
+    elif _engine.is_limited():
+        why = f"OpenMP's own limit (torch.set_num_threads, threadpoolctl); the default is {default}: {reason}"
     elif in_use == default:
         why = reason
     else:
@@ -34,7 +36,11 @@ def config() -> dict[str, dict[str, Any]]:
             "chosen": _isa.level,
         },
         "openmp": {"runtimes": openmp_runtimes()},
-        "threads": {"number": in_use, "why": why, "parallel from (elements)": _engine.get_parallel_cost()},
+        "threads": {
+            "number": in_use,
+            "why": why,
+            "parallel from (elements)": _engine.get_parallel_cost() if in_use > 1 else "never, with one thread",
+        },
         "denormals": {"flushed": _engine.get_flush_denormal()},
         "numpy": {"version": np.__version__},
     }

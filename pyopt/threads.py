@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import sys
+from contextlib import ContextDecorator
 from numbers import Integral
 
 from pyopt import _engine
 
+MOST = 4096  # more than machines have CPUs; whether so many start is tried with real ones
+
 
 def set_num_threads(n: int) -> None:
     """Let steps use n threads; a lower limit that OpenMP is given (threadpoolctl, torch.set_num_threads) wins.
+
+    Inside a `num_threads` block it changes the number of that block, which ends with it. While blocks of other Python
+    threads alone are open, their number holds, and n once they have left.
 
     Args:
         n: number of threads, >= 1.
 
     Raises:
         TypeError, ValueError: n is no integer, or < 1.
+        RuntimeError: the machine cannot start so many now. Where it cannot later, a step runs in one thread.
     """
-    _set_num_threads(n)
+    _engine.set_team(_checked(n))
 
 
-def _set_num_threads(n: int) -> int:
-    """Check and set; returns the number before."""
+def _checked(n: int) -> int:
     if not isinstance(n, Integral) or isinstance(n, bool):
         raise TypeError(f"num_threads == {n!r}, must be an int, not {type(n).__name__}")
-    if not 1 <= n < 2**15:
-        raise ValueError(f"num_threads == {n!r}, must be >= 1 and < 32768")
-    return _engine.set_team(int(n))
+    if not 1 <= n <= MOST:
+        raise ValueError(f"num_threads == {n!r}, must be >= 1 and <= {MOST}")
+    return int(n)
 
 
 def get_num_threads() -> int:
@@ -36,9 +42,17 @@ def get_num_threads() -> int:
     return _engine.get_team()
 
 
-@contextmanager
-def num_threads(n: int) -> Iterator[None]:
+class num_threads(_engine.TeamBlock, ContextDecorator):
     """Let steps use n threads inside a `with` block, in all Python threads.
+
+    Blocks may overlap in several Python threads: of those still open the one entered last counts, and when all have
+    left the number is as before.
+
+    Args:
+        n: number of threads, >= 1.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as set_num_threads.
 
     Example:
         >>> import pyopt
@@ -46,11 +60,9 @@ def num_threads(n: int) -> Iterator[None]:
         ...     pyopt.get_num_threads()
         1
     """
-    before = _set_num_threads(n)
-    try:
-        yield
-    finally:
-        _engine.set_team(before)
+
+    def __init__(self, n: int) -> None:
+        super().__init__(_checked(n))
 
 
 def default_num_threads() -> tuple[int, str]:
@@ -101,6 +113,16 @@ def _read(directory: str | os.PathLike[str], name: str) -> str | None:
         return None
 
 
-_engine.set_team(default_num_threads()[0])
+def stack_size() -> int:
+    """The bytes of stack that OMP_STACKSIZE or GOMP_STACKSIZE give to libgomp's threads; 0 where neither does."""
+    for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
+        if match := re.fullmatch(r"\s*(\d+)\s*([bkmg]?)\s*", os.environ.get(name, ""), re.IGNORECASE | re.ASCII):
+            size = int(match[1]) << {"b": 0, "k": 10, "": 10, "m": 20, "g": 30}[match[2].lower()]
+            return size if size <= sys.maxsize else 0
+    return 0
+
+
+_engine.set_stack_size(stack_size())
+_engine.set_default_team(default_num_threads()[0])
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_engine.after_fork)

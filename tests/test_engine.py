@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 
@@ -18,6 +20,9 @@ from hypothesis import strategies as st
 import pyopt
 from cases import BRIEF, CASES, DTYPES, SIZES, Case, assert_same_bits, gradients, parameters
 from pyopt import _isa
+from pyopt._engine import threads_used
+
+ROW_COST = 64  # of one tensor, in elements
 
 
 def on_level(optimizer: pyopt.Optimizer, level: str) -> pyopt.Optimizer:
@@ -42,6 +47,16 @@ def test_levels_give_the_same_bits(case: Case, dtype: type, level: str) -> None:
     for a, b in zip(*results, strict=True):
         if isinstance(a, np.ndarray):
             assert_same_bits(a, b, f"{case} on {level}")
+
+
+@contextmanager
+def everything_shared() -> Iterator[None]:
+    """However little there is to do, threads do it."""
+    pyopt._engine.set_parallel_cost(0)
+    try:
+        yield
+    finally:
+        pyopt._engine.set_parallel_cost(-1)
 
 
 @settings(deadline=None, max_examples=100)
@@ -75,18 +90,62 @@ def test_splits_alignment_threads_and_levels(
     with pyopt.num_threads(1):
         for g in grads:
             one.step(grads=[g])
-    pyopt._engine.set_parallel_cost(0)  # even this little work is shared
-    try:
-        with pyopt.num_threads(threads):
-            pyopt._engine.set_parallel_cost(0)
-            for g in grads:
-                many.step(grads=[g[begin:end] for begin, end in pairwise(bounds)])
-    finally:
-        pyopt._engine.set_parallel_cost(-1)
+    with everything_shared(), pyopt.num_threads(threads):
+        for g in grads:
+            many.step(grads=[g[begin:end] for begin, end in pairwise(bounds)])
+            assert threads_used() == threads
     assert_same_bits(np.concatenate([p.data for p in pieces]), whole.data, str(case))
     for name, value in one.state[whole].items():
         if isinstance(value, np.ndarray):
             assert_same_bits(np.concatenate([many.state[p][name] for p in pieces]), value, f"{case} {name}")
+
+
+def test_threads_used_is_what_openmp_gave() -> None:
+    """Small work runs in one thread, large work in all, and a step tells of its own Python thread."""
+    small, large = (pyopt.SGD([np.ones(n, np.float32)]) for n in (100, 1_000_000))
+
+    def step(optimizer: pyopt.Optimizer) -> int:
+        optimizer.step(grads=[np.ones_like(optimizer.param_groups[0]["params"][0].data)])
+        return threads_used()
+
+    with pyopt.num_threads(3):
+        assert [step(small), step(large)] == [1, 3]
+        thread = threading.Thread(target=step, args=[small])
+        thread.start()
+        thread.join(60)
+        assert threads_used() == 3
+    with pyopt.num_threads(1):
+        assert step(large) == 1
+
+
+@pytest.mark.parametrize(
+    "environment, used",
+    [({"OMP_THREAD_LIMIT": "1"}, 1), ({"OMP_THREAD_LIMIT": "2"}, 2), ({"OMP_DYNAMIC": "true"}, None)],
+)
+def test_a_smaller_team_does_all_the_work(environment: dict[str, str], used: int | None) -> None:
+    """Where OpenMP gives fewer threads than there are parts, none of them is left out."""
+    code = """
+import numpy as np, pyopt
+pyopt.set_num_threads(4)
+p = pyopt.Parameter(np.ones(200_000, np.float32))
+pyopt.SGD([p], lr=1.0).step(grads=[np.ones(200_000, np.float32)])
+print(pyopt.get_num_threads(), pyopt._engine.threads_used(), np.count_nonzero(p.data))
+"""
+    number, given, left = map(int, in_fresh_process(code, **environment).stdout.split())
+    assert (number, left) == (4, 0) and given <= 4
+    assert used is None or given == used
+
+
+def test_size_from_which_threads_pay_is_no_measurement() -> None:
+    """It follows from the number of threads alone, in any process at any load, and holds to the element."""
+    code = "import pyopt; pyopt.set_num_threads({}); print(pyopt._engine.get_parallel_cost())"
+    for n in (2, 3):
+        with pyopt.num_threads(n):
+            least = pyopt._engine.get_parallel_cost()
+            assert int(in_fresh_process(code.format(n)).stdout) == least
+            for size, used in ((least - ROW_COST - 1, 1), (least - ROW_COST, n)):
+                pyopt.SGD([np.ones(size, np.float32)]).step(grads=[np.ones(size, np.float32)])
+                assert threads_used() == used, size
 
 
 def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -129,6 +188,7 @@ def test_flush_denormal_is_ieee_by_default_and_thread_independent() -> None:
             try:
                 with pyopt.num_threads(threads):
                     optimizer.step(grads=[np.full(200_000, np.float32(-1e-40))])
+                    assert threads_used() == threads
             finally:
                 pyopt.set_flush_denormal(False)
             results[flush, threads] = p.data
@@ -188,23 +248,28 @@ def test_arrays_are_released_with_the_optimizer() -> None:
 
 
 def test_several_python_threads_on_different_optimizers() -> None:
+    used = set()
+
     def train(seed: int, out: dict) -> None:
         params = parameters([50_000, 3, 7], np.float32, seed)
         optimizer = pyopt.Adam(params)
         rng = np.random.default_rng(seed)
         for _ in range(20):
             optimizer.step(grads=gradients(params, rng))
+            used.add(threads_used())
         out[seed] = [p.data for p in params]
 
     alone: dict = {}
     together: dict = {}
-    for seed in range(4):
-        train(seed, alone)
-    threads = [threading.Thread(target=train, args=(seed, together)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with pyopt.num_threads(2):
+        for seed in range(4):
+            train(seed, alone)
+        threads = [threading.Thread(target=train, args=(seed, together)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert used == {2}
     for seed, arrays in alone.items():
         for a, b in zip(arrays, together[seed], strict=True):
             assert_same_bits(a, b, f"thread {seed}")

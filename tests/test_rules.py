@@ -71,6 +71,30 @@ def test_special_values(case: Case) -> None:
         assert (np.isnan(param.data) == np.isnan(data)).all(), f"{case}: NaN in other places"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_of_one_half_is_measured_from_the_far_end(dtype: type) -> None:
+    """At 0.5 both forms of lerp are good to half an ulp, and their bits differ: torch takes the second."""
+    for case in (
+        Case(pyopt.Adam, reference.adam, {"betas": (0.5, 0.999)}),
+        Case(pyopt.RMSprop, reference.rmsprop, {"alpha": 0.5, "centered": True}),
+    ):
+        check_against_oracle(case, parameters([1000], dtype), steps=5)
+
+
+@pytest.mark.parametrize("optimizer", [pyopt.Adam, pyopt.AdamW, pyopt.RMSprop, pyopt.Adagrad])
+def test_a_step_count_past_its_end(optimizer: type[pyopt.Optimizer]) -> None:
+    """The next count would not fit into 63 bits: a message that names it, and nothing has changed."""
+    p = pyopt.Parameter(np.ones(3))
+    o = optimizer([p])
+    o.step(grads=[np.ones(3)])
+    before = p.data.copy()
+    for count in (2**63 - 1, 2**63, -1):
+        o.state[p]["step"] = count
+        with pytest.raises(ValueError, match=f"step' == {count}, must be >= 0 and < 2"):
+            o.step(grads=[np.ones(3)])
+        assert o.state[p]["step"] == count and (p.data == before).all()
+
+
 def test_mixed_dtypes_groups_and_overrides() -> None:
     """Groups of both dtypes with options of their own, in one step."""
     rng = np.random.default_rng(2)

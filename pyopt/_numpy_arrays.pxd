@@ -1,0 +1,25 @@
+# The fields of a NumPy array, read where they lie: inline functions and macros of NumPy's headers that look into the
+# struct and call nothing. They need neither import_array nor the C API's table, hence no particular NumPy at run time
+# (2.0 and later), and they go with the limited API of Python.
+#
+# `array` must be a numpy.ndarray or of a subclass: nothing here looks at the type.
+
+cdef extern from "numpy/ndarraytypes.h" nogil:
+    ctypedef struct PyArrayObject
+    ctypedef Py_ssize_t npy_intp  # of the same size; NumPy calls it its own
+
+    enum:
+        NPY_FLOAT
+        NPY_DOUBLE
+        NPY_ARRAY_ALIGNED
+        NPY_ARRAY_WRITEABLE
+        NPY_ARRAY_C_CONTIGUOUS
+        NPY_ARRAY_F_CONTIGUOUS
+
+    void *PyArray_DATA(const PyArrayObject *array)
+    int PyArray_NDIM(const PyArrayObject *array)
+    npy_intp *PyArray_DIMS(const PyArrayObject *array)
+    npy_intp *PyArray_STRIDES(const PyArrayObject *array)
+    int PyArray_FLAGS(const PyArrayObject *array)
+    int PyArray_TYPE(const PyArrayObject *array)
+    bint PyArray_ISNOTSWAPPED(const PyArrayObject *array)  # in the byte order of the machine

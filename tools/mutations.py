@@ -1,0 +1,146 @@
+"""The changes that tools/mutate makes, one at a time: each is a fault, and a test must notice it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str  # stands in the file exactly once
+    new: str
+    breaks: str
+    tests: str  # arguments of pytest: the quickest that should notice
+
+
+def of(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Mutation]:
+    """Changes (old, new, what it breaks) of one file, noticed by the same tests."""
+    return [Mutation(file, *change, tests) for change in changes]
+
+
+RULES = "tests/test_rules.py"
+ENGINE = "tests/test_threads.py tests/test_engine.py"
+BAD_INPUT = "tests/test_bad_input.py tests/test_arrays.py tests/test_optimizer.py tests/test_rules.py"
+
+MUTATIONS = [
+    *of(
+        "pyopt/_rules.pxd",
+        RULES,
+        ("if w < 0.5:", "if w <= 0.5:", "lerp at one half: other bits"),
+        ("return b - rest * (b - a)", "return a + w * (b - a)", "lerp from the far end: other bits"),
+        ("if weight_decay != 0:", "if True:", "no decay of an infinite parameter: 0 * inf"),
+        ("return g + <floating>weight_decay * p", "return g - <floating>weight_decay * p", "sign of the penalty"),
+        ("b[0] = g if h.first else b[0]", "b[0] = b[0]", "SGD: the first momentum is the gradient"),
+        ("* b[0] if h.nesterov else b[0]", "* b[0] if not h.nesterov else b[0]", "SGD: nesterov"),
+        ("m[0] = <floating>h.beta2 * m[0]", "m[0] = <floating>h.beta1 * m[0]", "Lion: which beta keeps the momentum"),
+        ("(-1 if c < 0 else c)", "(-1 if c < 0 else 0)", "Lion: a NaN vanishes"),
+        ("g / (root(s[0]) + <floating>h.eps)", "g / root(s[0] + <floating>h.eps)", "Adagrad: eps inside the root"),
+        ("d = d - a[0] * a[0]", "d = d + a[0] * a[0]", "RMSprop: centered"),
+        ("b[0] = b[0] * <floating>h.momentum + g / d", "b[0] = b[0] * <floating>h.momentum + g", "RMSprop: momentum"),
+        ("root(u) / <floating>h.bias2", "root(u / <floating>h.bias2)", "Adam: bias correction inside the root"),
+        ("v_max[0] if v_max[0] >= u", "v_max[0] if v_max[0] <= u", "Adam: amsgrad takes the least"),
+        ("= u if v_max[0] == v_max[0] else v_max[0]", "= u", "Adam: a NaN in v_max vanishes"),
+        ("return p * <floating>h.decay - <floating>h.step", "return p - <floating>h.step", "Adam: decoupled decay"),
+    ),
+    *of(
+        "pyopt/_kernels.pyx",
+        RULES,
+        ("&m[i], &v[i], &v_max[i]", "&v[i], &m[i], &v_max[i]", "Adam: the order of the streams"),
+        ("&s[i], &b[i], &a[i]", "&s[i], &a[i], &b[i]", "RMSprop: the order of the streams"),
+    ),
+    *of(
+        "pyopt/_engine.pyx",
+        ENGINE,
+        ("    while part < parts:", "    if part < parts:", "a smaller team leaves parts undone"),
+        ("cost * (part + 1) // parts, flush", "cost * (part + 1) // parts - 64, flush", "gaps between parts"),
+        ("i & ~<Py_ssize_t>(LINE - 1)", "(i & ~<Py_ssize_t>(LINE - 1)) + 1", "the first element of a part"),
+        ("set_float_mode(float_mode(flush))", "set_float_mode(float_mode(0))", "denormals are never flushed"),
+        ("    set_float_mode(mode)\n", "", "the caller's floating-point mode is left changed"),
+        ("threads if threads > 1 and cost >=", "threads if threads > 10**9 and cost >=", "threads are never used"),
+        ("cost >= least_shared(threads)", "cost > least_shared(threads)", "the least size that is shared"),
+        ("    if forked:\n        return 1", "    if False:\n        return 1", "a forked child hangs"),
+        ("limit if limit < initial_limit and", "limit if limit < 0 and", "OpenMP's limits are not obeyed"),
+        ("limit < initial_limit and limit < team", "limit < team", "more threads than OpenMP's default"),
+        (
+            "int initial_limit = openmp_default()",
+            "int initial_limit = openmp.omp_get_max_threads()",
+            "a limit from before",
+        ),
+        (").owner is self:", ").owner is not None:", "a block that ends takes the last one's number away"),
+        ("if block.thread == thread:", "if True:", "set_num_threads reaches another thread's block"),
+        ("threads if open_blocks else base_team", "threads if False else base_team", "blocks have no effect"),
+        ("        require_startable(self.threads)\n", "", "a block of too many threads is entered"),
+        ("    require_startable(threads)\n    for", "    for", "set_num_threads of too many threads"),
+        ("if threads > 1 and startable(threads) < threads:", "if False:", "libgomp ends the process at a step"),
+        (
+            "    own_team = threads\n",
+            "    own_team = max(own_team, threads)\n",
+            "threads that a smaller team has ended",
+        ),
+        ("if (stack_size) pthread", "if (0) pthread", "OMP_STACKSIZE is not tried"),
+        ("given[0] = openmp.omp_get_num_threads()", "given[0] = parts", "threads_used() tells what was asked for"),
+    ),
+    *of(
+        "pyopt/threads.py",
+        ENGINE,
+        ("return min(limits,", "return max(limits,", "the default is the largest limit"),
+        ("max(1, int(quota))", "int(quota)", "half a CPU is no thread"),
+        ("quota / period if quota > 0", "quota / period if quota > -2", "cgroup v1: -1 is no quota"),
+        ("if not 1 <= n <= MOST:", "if not 0 <= n <= MOST:", "zero threads"),
+        ("len(parts), -1, -1", "len(parts), 0, -1", "the quota of the cgroup's root"),
+    ),
+    *of(
+        "pyopt/checks.py",
+        BAD_INPUT,
+        ("number(name, value, 0, 1)", "number(name, value, 0, 2)", "fractions up to 2"),
+        ("beta, 0, below=1)", "beta, 0, 1)", "a beta of 1"),
+        (
+            "isinstance(value, Real) or isinstance(value, (bool, np.bool_))",
+            "isinstance(value, Real)",
+            "True as a number",
+        ),
+        ("number(name, value, 0)", "number(name, value, -1)", "negative numbers"),
+        ("and x < below)", "and x <= below)", "a strict bound"),
+        ("0 <= int(value) < 2**63 - 1:", "0 <= int(value) <= 2**63 - 1:", "the last step count"),
+        ("len(value) != 2", "len(value) < 2", "three betas"),
+    ),
+    *of(
+        "pyopt/optimizers/adam.py",
+        RULES,
+        ("lr / (1 - beta1**step)", "lr / (1 - beta1)", "Adam: bias correction by the step count"),
+        ('"weight2": 1 - beta2', '"weight2": 1 - beta1', "Adam: weight of the square"),
+        ("0 if decoupled else weight_decay", "weight_decay", "AdamW: both decays"),
+        ("1 - lr * weight_decay if decoupled else 1", "1", "AdamW: no decay"),
+        ('-1 if group["maximize"] else 1', "1", "Adam: maximize"),
+    ),
+    *of(
+        "pyopt/optimizers/adamw.py",
+        BAD_INPUT,
+        ('if not group["decoupled_weight_decay"]:', "if False:", "AdamW without decoupled decay is accepted"),
+    ),
+    *of(
+        "pyopt/optimizers/sgd.py",
+        BAD_INPUT,
+        ('"undamped": 1 - group["dampening"]', '"undamped": 1', "SGD: dampening"),
+        ('"first": step == 1', '"first": step <= 2', "SGD: the second step"),
+        (' or group["dampening"] != 0', "", "SGD: nesterov with dampening is accepted"),
+    ),
+    *of(
+        "pyopt/optimizers/adagrad.py",
+        RULES,
+        ("(1 + (step - 1) * group", "(1 + step * group", "Adagrad: decay of the learning rate"),
+        ('float(group["initial_accumulator_value"])', "0.0", "Adagrad: initial value"),
+    ),
+    *of(
+        "pyopt/optimizers/rmsprop.py",
+        RULES,
+        ('"weight": 1 - group["alpha"]', '"weight": group["alpha"]', "RMSprop: weight"),
+    ),
+    *of("pyopt/optimizers/lion.py", RULES, ('1 - group["lr"] * group["weight_decay"]', "1", "Lion: decay")),
+    *of(
+        "pyopt/hooks.py",
+        "tests/test_hooks.py",
+        ("last=False", "last=True", "prepend"),
+        ("hooks.pop(self.id, None)", "pass", "a removed hook runs on"),
+    ),
+]
