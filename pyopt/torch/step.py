@@ -122,7 +122,7 @@ class KernelStepMixin:
         super().__init_subclass__(**kwargs)
         if core is not None:
             cls._core = core
-            declared = {name: getattr(core, name) for name in ("rule", "counts_steps", "state_names")}
+            declared = {name: getattr(core, name) for name in ("rule", "counts_steps", "number_states", "state_names")}
             cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
 
     @hooked_where_somebody_looks
@@ -162,6 +162,7 @@ class Side:
     core: ClassVar[type[pyopt.Optimizer]]
     rule: ClassVar[Any]
     counts_steps: ClassVar[bool]
+    number_states: ClassVar[tuple[str, ...]]
     state_names: ClassVar[Any]
 
     def __init__(self, optimizer: KernelStepMixin) -> None:
@@ -178,24 +179,38 @@ class Side:
             group = {**later, **group}
         return self.core.scalars(self, group, step)  # type: ignore[arg-type]
 
+    def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        """What the numbers of the state are after a step."""
+        return self.core.next_numbers(self, group, step, numbers)  # type: ignore[arg-type]
+
     def state_streams(self, group: Group) -> tuple[str | None, ...] | None:
         """The state behind each stream of the rule, None for a group that is left to torch."""
         return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
 
-    @staticmethod
-    def reason(group: Group) -> str | None:
+    @classmethod
+    def reason(cls, group: Group) -> str | None:
         """Why a whole group is left to torch."""
+        if cls.number_states:  # the table knows of the step count alone
+            return "its rule keeps numbers beside the step count"
         return next((f"{key}=True" for key in ("differentiable", "capturable") if group.get(key)), None)
 
     @torch.no_grad()
     def new_state(self, p: torch.Tensor, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step, as torch makes it."""
         state: dict[str, Any] = {}
+        double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+        scalar_dtype = torch.float64 if double else torch.float32
+        # torch's Adagrad takes it from the defaults, whatever the group says.
+        options = self.defaults if self.core is pyopt.Adagrad else group
         if self.counts_steps:
-            double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+            state["step"] = torch.zeros((), dtype=scalar_dtype)
+        for name in self.number_states:
+            value = float(self.core.initial_value(self, name, options))  # type: ignore[arg-type]
+            # A float where torch has no such class: its load_state_dict would round a tensor to the parameter's dtype.
+            is_torchs = hasattr(torch.optim, self.core.__name__)
+            state[name] = torch.tensor(value, dtype=scalar_dtype) if is_torchs else value
         for name in filter(None, self.state_streams(group) or ()):
-            value = self.core.initial_value(self, name, self.defaults)  # type: ignore[arg-type]
+            value = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
         return state
 
