@@ -134,22 +134,30 @@ def meant(key: str, options: tuple[str, ...]) -> str | None:
 
 def gradients_in_order(grads: Any, groups: Sequence[Group]) -> list[Any]:
     """The gradients of a step, one per parameter in the order of the groups."""
-    if isinstance(grads, Mapping):
-        return _by_name(grads, groups)
+    if not isinstance(grads, (list, tuple)):
+        if isinstance(grads, Mapping):
+            return _by_name(grads, groups)
+        _check_ordered(grads)
+    in_order = list(grads)
+    expected = 0
+    for group in groups:
+        expected += len(group["params"])
+    if len(in_order) != expected:
+        raise ValueError(f"grads has {len(in_order)} items, must have {expected}: one per parameter")
+    return in_order
+
+
+def _check_ordered(grads: Any) -> None:
+    """Raise unless the gradients come in an order of their own."""
     if isinstance(grads, (ValuesView, Set)):
         raise TypeError(
             f"grads is a {type(grads).__name__}, whose order need not be that of the parameters: pass the mapping "
             "itself, to parameters that have names"
         )
-    if isinstance(grads, (str, bytes)) or not isinstance(grads, Iterable):
+    if isinstance(grads, (str, bytes)) or not isinstance(grads, Iterable) or getattr(grads, "ndim", 1) == 0:
         raise TypeError(
             f"grads is a {type(grads).__name__}, must be an iterable, one gradient per parameter, or a mapping by name"
         )
-    in_order = list(grads)
-    expected = sum(len(group["params"]) for group in groups)
-    if len(in_order) != expected:
-        raise ValueError(f"grads has {len(in_order)} items, must have {expected}: one per parameter")
-    return in_order
 
 
 def _by_name(grads: Mapping[str, Any], groups: Sequence[Group]) -> list[Any]:

@@ -46,8 +46,10 @@ def make(optimizer: Optimizer, copy: bool) -> StateDict:
         packed = {key: plain(value) for key, value in group.items() if key != "params"}
         groups.append({**packed, "params": [indices[p] for p in group["params"]]})
     state = {}
-    for key, entry in optimizer.state.items():
+    for key, entry in list(optimizer.state.items()):
         if key in indices and entry:
+            if not isinstance(entry, dict):
+                raise TypeError(f"{label(indices[key], key)}: its state is a {type(entry).__name__}, must be a dict")
             state[indices[key]] = plain(dict(entry))
         elif not isinstance(key, Parameter):  # the user's own, of the optimizer as a whole
             if as_index(key) is not None:
@@ -265,7 +267,8 @@ def _reusable(
 def _fits(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any], data: np.ndarray[Any, Any]) -> bool:
     """Whether a live array can take the place of a new copy."""
     return (
-        array.shape == value.shape
+        type(array).__setitem__ is np.ndarray.__setitem__  # no code of a subclass in the commit
+        and array.shape == value.shape
         and array.dtype == value.dtype
         and not array.dtype.hasobject
         and array.flags.writeable

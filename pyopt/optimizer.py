@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyopt import _state_dict, checks
+from pyopt._arrays import ArrayWorkspace
 from pyopt._engine import Rule
 from pyopt._groups import Group as Group
 from pyopt._groups import as_groups, as_parameters, check_keys, gradients_in_order
 from pyopt._options import LATER, check_declaration, check_options
 from pyopt._state_dict import StateDict
-from pyopt._table import Table
 from pyopt.hooks import Hooked, Hooks, global_step_post_hooks, global_step_pre_hooks
 from pyopt.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from pyopt.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
@@ -59,6 +59,8 @@ class Optimizer(Hooked):
     number_states: ClassVar[tuple[str, ...]] = ()
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
+    # Further numbers that the state keeps per parameter, and what each is at first.
+    number_states: ClassVar[tuple[str, ...]] = ()
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Options that checkpoints of older torch lack, and what they mean there.
@@ -80,9 +82,9 @@ class Optimizer(Hooked):
         self.check_group({"params": [], **defaults})
         self.state: defaultdict[Parameter, dict[str, Any]] = defaultdict(dict)
         self.param_groups: list[Group] = []
+        self._workspace = ArrayWorkspace()
         self._bare = False  # whether an array came without a Parameter: its gradients can only come with the step
         self._begin_hooks()
-        self._table = Table()
         for group in groups:
             self.add_param_group(group)
 
@@ -100,7 +102,10 @@ class Optimizer(Hooked):
         if not isinstance(param_group, Mapping):
             raise TypeError(f"param_group is a {type(param_group).__name__}, must be a dict with the key 'params'")
         if "params" not in param_group:
-            raise KeyError(f"param_group has no 'params', only {sorted(map(str, param_group))}")
+            raise KeyError(
+                f"param_group has no 'params', only {sorted(map(str, param_group))}; a list of mappings by name must "
+                "stand in a mapping itself: {'layers': [...]}"
+            )
         live = self._parameters()
         params, names, bare = as_parameters(param_group["params"], len(live))
         group = {"params": params, **{k: v for k, v in param_group.items() if k != "params"}}
@@ -159,7 +164,7 @@ class Optimizer(Hooked):
         if grads is not None:
             grads = gradients_in_order(grads, self.param_groups)
         if self.rule is not None:
-            self._table.step(self, grads)
+            self._workspace.step(self, grads)
         else:
             self._step_in_numpy(grads)
         if self._bare and grads is None and not any(p.grad is not None for g in self.param_groups for p in g["params"]):
@@ -265,7 +270,8 @@ class Optimizer(Hooked):
         """
         for hook in self._state_dict_pre_hooks.values():
             hook(self)
-        result = _state_dict.make(self, copy)
+        with self._workspace:  # not in the middle of a step of another thread
+            result = _state_dict.make(self, copy)
         for hook in self._state_dict_post_hooks.values():
             changed = hook(self, result)
             if changed is not None:
@@ -291,20 +297,21 @@ class Optimizer(Hooked):
             changed = hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
-        _state_dict.load(self, state_dict)
+        with self._workspace:
+            _state_dict.load(self, state_dict)
         for hook in self._load_state_dict_post_hooks.values():
             hook(self)
 
     # --- copies and print -------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but hooks, as in torch, and what the step remembers."""
-        return {key: value for key, value in vars(self).items() if key != "_table" and not isinstance(value, Hooks)}
+        """All but hooks, as in torch, and the workspace."""
+        return {k: value for k, value in vars(self).items() if k != "_workspace" and not isinstance(value, Hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._begin_hooks()
-        self._table = Table()
+        self._workspace = ArrayWorkspace()
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

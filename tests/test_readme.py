@@ -26,15 +26,22 @@ def test_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert np.allclose(eval(re.sub(r"(\.)?\s+", r"\1,", capsys.readouterr().out.strip())), [1, 2, 3], atol=0.1)
 
 
+def test_model_in_a_dict() -> None:
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    assert names["model"]["w"].tolist() == [0, 0, 0]
+    assert np.allclose(names["model"]["head"]["b"], -0.1)
+
+
 def test_torch_loop(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    exec(BLOCKS[2], {})
+    exec(BLOCKS[3], {})
     assert capsys.readouterr().out.count("  pyopt\n") == 2
 
 
 def test_own_optimizer() -> None:
     names: dict = {}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     p = pyopt.Parameter(np.ones(2), grad=np.array([3.0, -4.0]))
     optimizer = names["SignSGD"]([p], lr=0.25)
     optimizer.step()

@@ -81,6 +81,28 @@ def test_a_weight_of_one_half_is_measured_from_the_far_end(dtype: type) -> None:
         check_against_oracle(case, parameters([1000], dtype), steps=5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_in_any_state_shows(dtype: type) -> None:
+    """It stays, and reaches the parameter: also in the largest second moment, where a comparison loses it."""
+    for case in BRIEF:
+        names = [name for name in new_state(case, dtype) if name != "step"]
+        for name in names:
+            p = pyopt.Parameter(np.ones(40, dtype))
+            optimizer = case.optimizer([p], **case.options)
+            optimizer.step(grads=[np.ones(40, dtype)])
+            optimizer.state[p][name][3] = np.nan
+            optimizer.step(grads=[np.ones(40, dtype)])
+            assert np.flatnonzero(np.isnan(p.data)).tolist() == [3], f"{case} {name}"
+            assert np.flatnonzero(np.isnan(optimizer.state[p][name])).tolist() == [3], f"{case} {name}"
+
+
+def new_state(case: Case, dtype: type) -> dict:
+    p = pyopt.Parameter(np.ones(1, dtype))
+    optimizer = case.optimizer([p], **case.options)
+    optimizer.step(grads=[np.ones(1, dtype)])
+    return optimizer.state[p]
+
+
 @pytest.mark.parametrize("optimizer", [pyopt.Adam, pyopt.AdamW, pyopt.RMSprop, pyopt.Adagrad])
 def test_a_step_count_past_its_end(optimizer: type[pyopt.Optimizer]) -> None:
     """The next count would not fit into 63 bits: a message that names it, and nothing has changed."""

@@ -1,11 +1,8 @@
 from typing import Any
 
-from pyopt._table import Table
+from pyopt._step import Workspace
 
 def use_exchange_api(use: bool) -> bool: ...
 
-class TensorTable(Table):
-    def step(  # type: ignore[override]
-        self, optimizer: Any, grads: None = None, factor: float = 1
-    ) -> None: ...
-    def look(self, optimizer: Any) -> list[tuple[int, Any, str | None]]: ...
+class TensorWorkspace(Workspace):
+    def explain(self, optimizer: Any) -> list[tuple[int, Any, str | None]]: ...

@@ -1,25 +1,29 @@
-# Tensors as rows of the table.
+# Steps on tensors.
 #
 # A tensor can change under the same object (p.data = x, p.set_()), so every one is looked at in every step: through the
-# DLPack C exchange API (torch >= 2.10), which takes nanoseconds, or data_ptr() and its kin. A row says in `reason` why
-# it must be left to torch; nothing that is looked at is kept beyond the step.
+# DLPack C exchange API (torch >= 2.10), which takes nanoseconds, or data_ptr() and its kin. What the kernels cannot step
+# as torch would is left to torch's own step, row by row: other kinds of tensors, and those that share memory, whose
+# updates have an order.
 
 from cpython.bytes cimport PyBytes_AsString
 from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_Clear
+from cpython.list cimport PyList_SetItem
 from cpython.object cimport PyObject, PyObject_CallFunctionObjArgs
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from pyopt._engine cimport STATES
-from pyopt._table cimport Row, Table, View, end_of, same_order, same_shape
-from pyopt.parameter import label
+from pyopt._engine cimport STATES, Work
+from pyopt._step cimport (
+    IDLE, KERNEL, LEFT, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
+)
 
+import sys
 from struct import pack
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 
@@ -48,34 +52,21 @@ cdef struct DLPackExchangeAPI:
     void *current_work_stream
 
 
-def increment_one_by_one(tensors):
-    for tensor in tensors:
-        increment_version(tensor)
-
-
-cdef object increment_versions = increment_version
-try:
-    increment_version([])
-except RuntimeError:  # torch 2.4 takes a single tensor
-    increment_versions = increment_one_by_one
-
-
-cdef object tensor_type = Tensor
-cdef object parameter_type = Parameter
-cdef object is_neg = Tensor.is_neg
-
-
-cdef bint not_negated(tensor) except -1:
-    """Whether the memory holds the numbers, not their negatives as in x.conj().imag."""
-    return PyObject_CallFunctionObjArgs(is_neg, <PyObject *>tensor, NULL) is False
-
-
 cdef enum:
     CPU = 1  # kDLCPU
     FLOAT = 2  # kDLFloat
 
 cdef double MOST_STEPS = 2.0 ** 53  # beyond, a double does not count
-
+cdef object tensor_type = Tensor
+cdef object parameter_type = Parameter
+cdef object is_neg = Tensor.is_neg
+cdef object is_inference = Tensor.is_inference
+cdef object increment_version = torch._C._increment_version  # not its wrapper in Python, which a signal could stop
+cdef bint takes_lists = True
+try:
+    increment_version([])
+except (RuntimeError, TypeError):  # torch 2.4 takes a single tensor
+    takes_lists = False
 
 cdef DLPackExchangeAPI *exchange = NULL
 
@@ -95,210 +86,13 @@ def use_exchange_api(bint use):
 use_exchange_api(True)
 
 
-cdef bint is_dense(const View *v) noexcept:
-    """Whether the elements lie side by side, in any order of the axes."""
-    cdef int64_t expected = 1
-    cdef int i, _i, j
-    for i in range(v.ndim - 1, -1, -1):
-        if v.shape[i] != 1 and v.strides[i] != expected:
-            break
-        expected *= v.shape[i]
-    else:
-        return True
-    if v.size == 0:
-        return True
-    # Each axis must continue where those of smaller strides end.
-    expected = 1
-    for _i in range(v.ndim):
-        for j in range(v.ndim):
-            if v.shape[j] > 1 and v.strides[j] == expected:
-                expected *= v.shape[j]
-                break
-        else:
-            break
-    return expected == v.size
+cdef bint calls_false(method, PyObject *tensor) except -1:
+    return PyObject_CallFunctionObjArgs(method, tensor, NULL) is False
 
 
-cdef class TensorRow(Row):
-    """A parameter tensor."""
-    cdef list layouts  # shapes and strides behind the views, where they do not come from the exchange API
-    cdef char *begin[2 + STATES]  # where parameter, step count and state lay at the last step, by place
-    cdef char *end[2 + STATES]
-    cdef View step
-    cdef bint covered  # whether the parameter is of the kind that the kernels step
-    cdef object copy  # a gradient in the parameter's memory order, where its own is another
-    cdef bint shared  # with another parameter's or state's memory
-
-    def __cinit__(self):
-        self.layouts = [None] * (3 + STATES)
-
-    cdef bint look(self, tensor, View *view, int place) except -1:
-        """Fill a view; whether it is a CPU tensor of float32 or float64."""
-        cdef DLTensor t
-        cdef int axis
-        if exchange != NULL:
-            if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
-                PyErr_Clear()  # sparse, meta and other tensors without memory
-                return False
-            if t.device_type != CPU or t.type_code != FLOAT or t.type_lanes != 1 or t.type_bits not in (32, 64):
-                return False
-            view.data = <char *>t.data + t.byte_offset
-            view.shape, view.strides, view.ndim = t.shape, t.strides, t.ndim
-            view.itemsize = t.type_bits // 8
-        else:
-            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-                return False
-            if tensor.dtype is not torch.float32 and tensor.dtype is not torch.float64:
-                return False
-            view.ndim = tensor.dim()
-            layout = pack(f"{2 * view.ndim}q", *tensor.size(), *tensor.stride())
-            self.layouts[place] = layout
-            view.data = <char *><size_t>tensor.data_ptr()
-            view.shape = <const int64_t *>PyBytes_AsString(layout)
-            view.strides = view.shape + view.ndim
-            view.itemsize = tensor.element_size()
-        view.size = 1
-        for axis in range(view.ndim):
-            view.size *= view.shape[axis]
-        return view.data != NULL or view.size == 0  # gradients that are known to be zero have no memory
-
-    cdef bint moved(self, int place, const View *view) noexcept:
-        """Whether what a step writes lies elsewhere than at the last step."""
-        return self.lies(place, view.data, end_of(view))
-
-    cdef bint lies(self, int place, char *begin, char *end) noexcept:
-        cdef bint moved = begin != self.begin[place] or end != self.end[place]
-        self.begin[place] = begin
-        self.end[place] = end
-        return moved
-
-    cdef bint bind(self, param, Py_ssize_t index) except -1:
-        cdef bint moved
-        if param is not self.param:
-            self.param, self.index, self.copy = param, index, None
-            self.shared = False
-        self.reason = self.names = None
-        self.covered = False
-        if type(param) is not parameter_type and type(param) is not tensor_type:
-            self.reason = f"it is a {type(param).__name__}, not a plain tensor"
-        elif not self.look(param, &self.p, 0):
-            self.reason = f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
-        elif not is_dense(&self.p):
-            self.reason = f"its elements do not lie side by side: shape {tuple(param.shape)}, strides {param.stride()}"
-        if self.reason is not None:
-            begin, end = extent(param)
-            return self.lies(0, <char *><size_t>begin, <char *><size_t>end)
-        self.covered = True
-        moved = self.moved(0, &self.p)
-        if not not_negated(param) or moved and param.is_inference():
-            self.reason = "it is an inference tensor" if param.is_inference() else "its negative bit is set"
-            self.end[0] = NULL
-        elif self.shared:
-            self.reason = "it shares memory with another parameter"
-        return moved
-
-    cdef int leave(self, str reason) except -1:
-        """Leave this step to torch."""
-        self.reason = reason
-        self.active = False
-        self.names = None
-        return 0
-
-    cdef Py_ssize_t next_step(self) except -1:
-        cdef PyObject *step = PyDict_GetItemWithError(self.state, "step")
-        if step == NULL or type(<object>step) is not tensor_type or not self.look(<object>step, &self.step, 1):
-            self.leave("its state 'step' is no float tensor on the CPU")
-            return 1
-        if self.step.size != 1:
-            self.leave("its state 'step' has more than one element")
-            return 1
-        cdef double count = self.count()
-        if not (0 <= count < MOST_STEPS and count == <Py_ssize_t>count):
-            self.leave(f"its state 'step' is {count}")
-            return 1
-        return <Py_ssize_t>count + 1
-
-    cdef double count(self) noexcept:
-        return (<double *>self.step.data)[0] if self.step.itemsize == 8 else (<float *>self.step.data)[0]
-
-    cdef bint bind_state(self, Table table, tuple names) except -1:
-        cdef PyObject *array
-        cdef bint moved = False
-        cdef int j
-        if not self.active:
-            return False
-        self.names = names
-        if table.counts_steps:
-            moved = self.follow(1, "step", &self.step)
-        for j in range(STATES):
-            self.s[j].data = NULL
-            if names[j] is None:
-                continue
-            array = PyDict_GetItemWithError(self.state, names[j])
-            if (array == NULL or type(<object>array) is not tensor_type
-                    or not self.look(<object>array, &self.s[j], 2 + j) or self.s[j].itemsize != self.p.itemsize
-                    or not same_shape(&self.p, &self.s[j]) or not same_order(&self.p, &self.s[j])):
-                self.leave(f"its state {names[j]!r} is of another dtype, shape or memory order")
-                return True
-            moved |= self.follow(2 + j, names[j], &self.s[j])
-            if not self.active:
-                return True
-        return moved
-
-    cdef bint follow(self, int place, name, const View *view) except -1:
-        """Note where a state tensor lies; whether that is elsewhere now, where its negative bit may be set."""
-        if not self.moved(place, view):
-            return False
-        if not not_negated(self.state[name]):
-            self.end[place] = NULL
-            self.leave(f"its state {name!r} has its negative bit set")
-        return True
-
-    cdef void *take_gradient(self, Table table) except? NULL:
-        cdef View g
-        cdef bint in_order
-        grad = self.grad  # held until the end of the step, whatever becomes of param.grad meanwhile
-        if type(grad) is not tensor_type:
-            self.leave(f"its gradient is a {type(grad).__name__}, not a plain tensor")
-            return NULL
-        if not self.look(grad, &g, 2 + STATES) or g.itemsize != self.p.itemsize:
-            self.leave(f"its gradient is a {describe(grad)} tensor")
-            return NULL
-        if not same_shape(&self.p, &g):
-            self.leave(f"its gradient has shape {tuple(grad.shape)}")
-            return NULL
-        in_order = same_order(&self.p, &g)
-        if table.will_be_written(self, g.data, g.size * g.itemsize if in_order else reach(&g)):
-            (<TensorTable>table).tangled = True
-            return g.data
-        if in_order and <size_t>g.data % g.itemsize == 0 and not_negated(grad):
-            return g.data
-        with torch.inference_mode(False), torch.no_grad():
-            if self.copy is None or self.copy.stride() != self.param.stride() or self.copy.dtype != self.param.dtype:
-                self.copy = torch.empty_like(self.param)
-            self.copy.copy_(grad)
-        return <void *><size_t>self.copy.data_ptr()
-
-    cdef int commit(self, Table table, optimizer) except -1:
-        if table.counts_steps:
-            if self.step.itemsize == 8:
-                (<double *>self.step.data)[0] += 1
-            else:
-                (<float *>self.step.data)[0] += 1
-        if self.fresh and self.state:
-            optimizer.state[self.param].update(self.state)
-        return 0
-
-    cdef int list_ranges(self, list ranges) except -1:
-        """Where the row is torch's, its parameter all the same: a covered one may share its memory."""
-        what = label(self.index, self.param)
-        if self.covered:
-            Row.list_ranges(self, ranges)
-            if self.names is not None and self.step.data != NULL:
-                ranges.append((<size_t>self.begin[1], <size_t>self.end[1], f"{what}: state 'step'", self.index))
-        else:
-            ranges.append((<size_t>self.begin[0], <size_t>self.end[0], what, self.index))
-        return 0
+cdef uint64_t mixed(uint64_t digest, const void *pointer) noexcept:
+    digest = (digest ^ <uint64_t>pointer) * <uint64_t>0x9E3779B97F4A7C15
+    return digest ^ (digest >> 29)
 
 
 cdef Py_ssize_t reach(const View *v) noexcept:
@@ -315,10 +109,12 @@ cdef Py_ssize_t reach(const View *v) noexcept:
 def extent(tensor):
     """Begin and end of the memory of a tensor of any kind, (0, 0) where it has none of its own."""
     try:
+        if tensor.layout is torch.sparse_coo:
+            tensor = tensor._values()
         if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() and tensor.data_ptr():
             last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
             return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-    except (RuntimeError, ValueError):  # wrappers, uninitialized parameters
+    except (AttributeError, RuntimeError, ValueError):  # no tensors, wrappers, uninitialized parameters
         pass
     return 0, 0
 
@@ -333,109 +129,419 @@ def describe(tensor):
     return " ".join(words)
 
 
-cdef class TensorTable(Table):
-    """The tensors of one torch optimizer."""
-    # The parameters of the last step: a list as long, made anew, has malloc tidy up all gradients freed since.
-    cdef list written
-    cdef bint tangled  # whether a gradient lies where the step will write
+def is_ordinary(tensor):
+    """Whether a tensor is dense float32 or float64 on the CPU, without the C++ exception that the exchange throws."""
+    return (tensor.layout is torch.strided and tensor.device.type == "cpu"
+            and (tensor.dtype is torch.float32 or tensor.dtype is torch.float64))
+
+
+def as_local(param, *others):
+    """The local tensors of DTensors that are placed alike; None where they are not."""
+    kind = type(param)
+    for each in (param, *others):
+        if type(each) is not kind or each.placements != param.placements or each.device_mesh != param.device_mesh:
+            return None
+        if any(placement.is_partial() for placement in each.placements):
+            return None
+    return [each._local_tensor for each in (param, *others)]
+
+
+def distributed_tensor_type():
+    """torch's DTensor, None where nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+cdef class TensorWorkspace(Workspace):
+    """The steps of one torch optimizer."""
+    # Of this step: per row that is left [why, its memory, whether torch has stepped it].
+    cdef dict left
+    cdef bint dry  # only to say what would be done
+    # The tensors that are written. A list as long, made anew, has malloc tidy up all gradients freed since.
+    cdef list touched
+    cdef list layouts  # shapes and strides behind the views that do not come from the exchange API
 
     def __cinit__(self):
-        self.written = []
+        self.touched = []
 
-    cdef Row new_row(self):
-        return TensorRow()
-
-    cdef PyObject *state_of(self, param) except? NULL:
-        cdef PyObject *found = Table.state_of(self, param)
-        if found != NULL and not self.counts_steps:  # torch.optim.SGD writes None where there was no momentum
-            if all(value is None for value in (<dict><object>found).values()):
-                return NULL
-        return found
-
-    def step(self, optimizer, list grads=None, double factor=1):
-        """One step, gradients multiplied by factor: torch's on what pyopt does not cover, then pyopt's."""
-        self.gradient_factor = factor
-        Table.step(self, optimizer)
-        self.mark_written()
-
-    cdef int mark_written(self) except -1:
-        """Tell autograd, so that a stale graph raises, as with torch."""
-        cdef Py_ssize_t n = 0
-        cdef Row row
-        for row in self.rows:
-            if row.active:
-                if n == len(self.written):
-                    self.written.append(row.param)
-                elif self.written[n] is not row.param:
-                    self.written[n] = row.param
-                n += 1
-        del self.written[n:]
-        increment_versions(self.written)
-        return 0
-
-    cdef int before_sweep(self, optimizer) except -1:
-        cdef Row row
-        if self.tangled:  # the order of the updates matters: torch goes one by one
-            self.tangled = False
-            self.count = 0
-            for row in self.rows:
-                if row.active:
-                    (<TensorRow>row).leave("a gradient shares memory with what the step writes")
-        if self.leaves():
-            left = [(g, p) for g, p, reason in self.paths(optimizer) if reason is not None and p.grad is not None]
-            if left:
-                optimizer.step_by_torch(left, self.gradient_factor)
-        return 0
-
-    cdef bint leaves(self) except -1:
-        cdef Row row
-        if None in self.names:
-            return True
-        for row in self.rows:
-            if row.reason is not None:
-                return True
-        return False
-
-    def paths(self, optimizer):
-        """As the last collect found them: per row (group, parameter, why it is left to torch or None)."""
-        cdef Py_ssize_t k = 0, g
-        cdef Row row
-        found = []
-        for g, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                row = self.rows[k]
-                k += 1
-                found.append((g, param, row.reason if self.names[g] is not None else optimizer.reason(group)))
-        return found
-
-    def look(self, optimizer):
-        """The paths of the next step; nothing is changed."""
+    def explain(self, optimizer):
+        """Per row (group, parameter, why the next step leaves it to torch or None); nothing is changed."""
+        cdef Py_ssize_t k
+        self.begin(True)
         try:
+            self.dry = True
+            self.gradient_factor = 1
             self.collect(optimizer, None)
+            self.look(optimizer)
+            found = []
+            for k in range(self.n_rows):
+                param = <object>self.rows[k].param
+                if self.rows[k].route == IDLE:
+                    reason = self.why_not(&self.rows[k], param, optimizer)
+                else:
+                    reason = self.left[k][0] if self.rows[k].route == LEFT else None
+                if self.rows[k].route == LEFT and reason is None:
+                    reason = optimizer.reason((<Plan>self.new_plans[self.rows[k].group]).options)
+                found.append((self.rows[k].group, param, reason))
+            return found
         finally:
-            self.release()
-        return self.paths(optimizer)
+            self.dry = False
+            self.end()
+            self.give_back()
 
-    cdef list disjoint(self, list ranges):
-        """The ranges in ascending order; parameters that share memory are left to torch, which goes one by one."""
-        cdef Row row
-        for row in self.rows:
-            (<TensorRow>row).shared = False
-        ordered = sorted(r for r in ranges if r[0] < r[1])
-        last = None
-        for each in ordered:
-            if last is not None and each[0] < last[1]:
-                for k in (last[3], each[3]):
-                    row = self.rows[k]
-                    (<TensorRow>row).shared = True
-                    if row.reason is None:
-                        (<TensorRow>row).leave("it shares memory with another parameter")
-            if last is None or each[1] > last[1]:
-                last = each
-        return ordered
+    cdef object why_not(self, Row *row, param, optimizer):
+        """Why the parameter by itself would be left to torch."""
+        cdef View p
+        if (<Plan>self.new_plans[row.group]).names is None:
+            return optimizer.reason((<Plan>self.new_plans[row.group]).options)
+        if type(param) is not parameter_type and type(param) is not tensor_type:
+            if type(param) is distributed_tensor_type() and as_local(param) is not None:
+                return None
+            return f"it is a {type(param).__name__}, not a plain tensor"
+        if not is_ordinary(param) or not self.view(<PyObject *>param, &p):
+            return f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
+        if not is_dense(&p):
+            return f"its elements do not lie side by side: shape {tuple(param.shape)}, strides {param.stride()}"
+        if param.is_neg():
+            return "its negative bit is set"
+        return "it is an inference tensor" if param.is_inference() else None
 
-    cdef int release(self) except -1:
-        for k in range(len(self.rows)):
-            (<Row>self.rows[k]).grad = (<Row>self.rows[k]).state = None
-        self.states = None
+    cdef int leave(self, Row *row, Py_ssize_t index, reason) except -1:
+        """Leave a row to torch: note what torch will write and read."""
+        param = <object>row.param
+        memory = []
+        self.note_memory(memory, param)
+        if row.entry != NULL:
+            for value in (<object>row.entry).values():
+                self.note_memory(memory, value)
+        if self.left is None:
+            self.left = {}
+        self.left[index] = [reason, memory, False]
+        row.route = LEFT
+        row.careful = True
+        row.must_copy = row.has_copy = False
+        begin, end = extent(<object>row.grad)
+        row.read.begin = <char *><size_t>begin
+        row.read.end = <char *><size_t>end
+        self.again = True
         return 0
+
+    cdef bint view(self, PyObject *tensor, View *v) except -1:
+        """Read what a tensor is; whether it is one of float32 or float64 on the CPU."""
+        cdef DLTensor t
+        cdef int axis
+        v.unit = 0
+        if exchange != NULL:
+            if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
+                PyErr_Clear()  # sparse, meta and other tensors without memory
+                return False
+            if t.device_type != CPU or t.type_code != FLOAT or t.type_lanes != 1 or t.type_bits not in (32, 64):
+                return False
+            v.data = <char *>t.data + t.byte_offset
+            v.shape, v.strides, v.ndim = t.shape, t.strides, t.ndim
+            v.itemsize = t.type_bits // 8
+        else:
+            if not is_ordinary(<object>tensor):
+                return False
+            v.ndim = (<object>tensor).dim()
+            layout = pack(f"{2 * v.ndim}q", *(<object>tensor).size(), *(<object>tensor).stride())
+            self.layouts.append(layout)
+            v.data = <char *><size_t>(<object>tensor).data_ptr()
+            v.shape = <const int64_t *>PyBytes_AsString(layout)
+            v.strides = v.shape + v.ndim
+            v.itemsize = (<object>tensor).element_size()
+        v.unit = v.itemsize
+        v.size = 1
+        for axis in range(v.ndim):
+            v.size *= v.shape[axis]
+        return v.data != NULL or v.size == 0  # gradients that are known to be zero have no memory
+
+    # --- collect ------------------------------------------------------------------------------------------------------
+
+    cdef int collect(self, optimizer, list grads) except -1:
+        self.layouts = []
+        return Workspace.collect(self, optimizer, grads)
+
+    cdef int take(self, Row *row, Py_ssize_t index) except -1:
+        hold(&row.data, <object>row.param)
+        return 0
+
+    cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
+        param, grad = <object>row.param, <object>row.grad
+        if row.route == LEFT:
+            return self.leave(row, index, None)
+        if type(param) is not parameter_type and type(param) is not tensor_type:
+            if type(param) is distributed_tensor_type():
+                parts = as_local(param, grad)
+                if parts is None:
+                    return self.leave(row, index, "it is a DTensor, and its gradient is placed otherwise")
+                hold(&row.data, parts[0])
+                hold(&row.grad, parts[1])
+                return 0
+            return self.leave(row, index, f"it is a {type(param).__name__}, not a plain tensor")
+        if type(grad) is not tensor_type:
+            return self.leave(row, index, f"its gradient is a {type(grad).__name__}, not a plain tensor")
+        if row.careful:
+            if not is_ordinary(param):
+                return self.leave(row, index, self.kind_of(param))
+            if not is_ordinary(grad):
+                return self.leave(row, index, f"its gradient is a {describe(grad)} tensor")
+        return 0
+
+    cdef int note_memory(self, list memory, tensor) except -1:
+        """Append where a tensor of any kind lies."""
+        cdef View v
+        if exchange != NULL and type(tensor) in (tensor_type, parameter_type) and tensor.layout is torch.strided:
+            if self.view(<PyObject *>tensor, &v):
+                memory.append((<size_t>v.data, <size_t>v.data + reach(&v)))
+                return 0
+        memory.append(extent(tensor))
+        return 0
+
+    cdef object kind_of(self, param):
+        return f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
+
+    cdef bint holds(self, PyObject *entry, name) except -1:
+        cdef PyObject *value = PyDict_GetItemWithError(<object>entry, name)
+        return value != NULL and <object>value is not None  # torch.optim.SGD writes None where there was no momentum
+
+    cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
+        return self.leave(row, index, f"its state has no {name!r}")
+
+    cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1:
+        """Of a DTensor's state, the local tensors."""
+        cdef int j
+        if row.data == row.param:
+            return 0
+        for j in range(STATES):
+            if row.state[j] != NULL:
+                parts = as_local(<object>row.param, <object>row.state[j])
+                if parts is None:
+                    return self.leave(row, index, "it is a DTensor, and its state is placed otherwise")
+                hold(&row.state[j], parts[1])
+        return 0
+
+    cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2:
+        cdef double count
+        cdef int j
+        for j in range(self.n_counts):
+            if not self.view_count(row, j):
+                self.leave(row, index, f"its state {self.count_names[j]!r} is no single float on the CPU")
+                return 0
+        count = read(row, 0)
+        if not (0 <= count < MOST_STEPS and count == <Py_ssize_t>count):
+            self.leave(row, index, f"its state 'step' is {count}")
+            return 0
+        return <Py_ssize_t>count
+
+    cdef bint view_count(self, Row *row, int j) except -1:
+        cdef View c
+        if type(<object>row.count[j]) is not tensor_type or not self.view(row.count[j], &c) or c.size != 1:
+            return False
+        row.count_at[j] = c.data
+        row.count_size[j] = c.itemsize
+        return True
+
+    cdef tuple read_counts(self, Row *row, Py_ssize_t index):
+        cdef int j
+        return tuple([read(row, j) for j in range(1, self.n_counts)])
+
+    # --- look ---------------------------------------------------------------------------------------------------------
+
+    cdef bint look_at(self, Row *row, Py_ssize_t index, Work *w) except -1:
+        cdef View p, s, g
+        cdef int j
+        cdef uint64_t digest
+        cdef bint in_order
+        if row.route == IDLE:
+            return False
+        if row.route == LEFT:
+            if not self.left[index][2]:
+                for begin, end in self.left[index][1]:
+                    self.add_written(index, <char *><size_t>begin, <char *><size_t>end)
+            return False
+        if not self.view(row.data, &p):
+            self.leave(row, index, self.kind_of(<object>row.data))
+            return False
+        if not is_dense(&p):
+            self.leave(row, index, "its elements do not lie side by side: shape "
+                       f"{tuple((<object>row.data).shape)}, strides {(<object>row.data).stride()}")
+            return False
+        digest = mixed(mixed(0, row.data), p.data)
+        w.size = p.size
+        w.is_double = p.itemsize == 8
+        w.stream[0] = p.data
+        self.add_written(index, p.data, end_of(&p))
+        for j in range(self.n_counts):
+            if self.unsteady and not self.view_count(row, j):
+                self.leave(row, index, f"its state {self.count_names[j]!r} changes")
+                return False
+            digest = mixed(mixed(digest, row.count[j]), row.count_at[j])
+            self.add_written(index, row.count_at[j], row.count_at[j] + row.count_size[j])
+        for j in range(STATES):
+            if row.state[j] == NULL:
+                w.stream[2 + j] = NULL
+                continue
+            if (type(<object>row.state[j]) is not tensor_type or not self.view(row.state[j], &s)
+                    or s.itemsize != p.itemsize or not same_shape(&p, &s) or not same_order(&p, &s)):
+                name = (<Plan>self.new_plans[row.group]).names[j]
+                self.leave(row, index, f"its state {name!r} is of another dtype, shape or memory order")
+                return False
+            digest = mixed(mixed(digest, row.state[j]), s.data)
+            w.stream[2 + j] = s.data
+            self.add_written(index, s.data, end_of(&s))
+        if not self.look_closer(row, index, digest):
+            return False
+        if not self.view(row.grad, &g) or g.itemsize != p.itemsize:
+            self.leave(row, index, f"its gradient is a {describe(<object>row.grad)} tensor")
+            return False
+        if not same_shape(&p, &g):
+            self.leave(row, index, f"its gradient has shape {tuple((<object>row.grad).shape)}")
+            return False
+        w.stream[1] = g.data
+        if row.has_copy:  # row.read is where the gradient itself lies
+            return True
+        in_order = same_order(&p, &g)
+        row.read.begin = g.data
+        row.read.end = g.data + (g.size * g.itemsize if in_order else reach(&g))
+        if not in_order or <size_t>g.data % g.itemsize or not calls_false(is_neg, row.grad):
+            row.must_copy = True
+        return True
+
+    cdef bint look_closer(self, Row *row, Py_ssize_t index, uint64_t digest) except -1:
+        """Whether the memory holds the numbers themselves, not their negatives, and may be written to by us."""
+        cdef PyObject *each[1 + STATES + 4]
+        cdef int n = 1, j
+        each[0] = row.data
+        for j in range(self.n_counts):
+            each[n] = row.count[j]
+            n += 1
+        for j in range(STATES):
+            if row.state[j] != NULL:
+                each[n] = row.state[j]
+                n += 1
+        for j in range(n):
+            what = "it" if j == 0 else "its state"
+            if not calls_false(is_neg, each[j]):
+                self.leave(row, index, "its negative bit is set" if j == 0 else "its state has its negative bit set")
+                return False
+            if digest != row.passed and not calls_false(is_inference, each[j]):
+                self.leave(row, index, f"{what} is an inference tensor")
+                return False
+        row.passed = digest
+        return True
+
+    cdef bint overlap(self, Py_ssize_t first, Py_ssize_t second) except -1:
+        self.leave_sharing(first, "it shares memory with another parameter")
+        self.leave_sharing(second, "it shares memory with another parameter")
+        return True
+
+    cdef int tangle(self, Py_ssize_t reader, Py_ssize_t writer) except -1:
+        self.leave_sharing(reader, "a gradient shares memory with what the step writes")
+        self.leave_sharing(writer, "a gradient shares memory with what the step writes")
+        return 0
+
+    cdef int leave_sharing(self, Py_ssize_t index, reason) except -1:
+        """The order of the updates matters: torch goes one by one."""
+        if self.rows[index].route == KERNEL:
+            self.leave(&self.rows[index], index, reason)
+            self.rows[index].careful = False  # the tensor by itself is an ordinary one
+        return 0
+
+    cdef bint settle(self, optimizer) except -1:
+        """Copy gradients into the memory order of their parameters; then have torch step what is left to it."""
+        cdef Py_ssize_t k
+        cdef Row *row
+        if self.again:
+            self.unsteady = True
+            return False
+        for k in range(self.n_rows):
+            if self.rows[k].route == KERNEL and self.rows[k].must_copy:
+                self.copy_gradient(&self.rows[k], k)
+                self.unsteady = self.again = True
+        if self.again or self.dry or not self.left:
+            return False
+        remaining = []
+        for k, found in sorted(self.left.items()):
+            if not found[2]:
+                found[2] = True
+                self.rows[k].read.begin = self.rows[k].read.end = NULL
+                remaining.append((self.rows[k].group, <object>self.rows[k].param))
+        if not remaining:
+            return False
+        self.unsteady = True
+        optimizer.step_by_torch(remaining, self.gradient_factor)
+        return True
+
+    cdef int copy_gradient(self, Row *row, Py_ssize_t k) except -1:
+        data = <object>row.data
+        copy = None if self.copies is None else self.copies.get(k)
+        with torch.inference_mode(False), torch.no_grad():
+            if (copy is None or copy.shape != data.shape or copy.stride() != data.stride()
+                    or copy.dtype != data.dtype):
+                copy = torch.empty_like(data, memory_format=torch.preserve_format)
+            copy.copy_(<object>row.grad)
+        if self.new_copies is None:
+            self.new_copies = {}
+        self.new_copies[k] = copy
+        hold(&row.grad, copy)
+        row.must_copy, row.has_copy = False, True
+        return 0
+
+    # --- arm and commit -----------------------------------------------------------------------------------------------
+
+    cdef int announce(self) except -1:
+        """Tell autograd, so that a stale graph raises, as with torch: versions of parameters and state."""
+        cdef Py_ssize_t k, n = 0
+        cdef int j
+        cdef Row *row
+        for k in range(self.n_rows):
+            row = &self.rows[k]
+            if row.route != KERNEL:
+                continue
+            n = self.touch(n, row.param)
+            if row.data != row.param:
+                n = self.touch(n, row.data)
+            for j in range(self.n_counts):
+                n = self.touch(n, row.count[j])
+            for j in range(STATES):
+                if row.state[j] != NULL:
+                    n = self.touch(n, row.state[j])
+        del self.touched[n:]
+        if takes_lists:
+            increment_version(self.touched)
+        else:
+            for tensor in self.touched:
+                increment_version(tensor)
+        return 0
+
+    cdef Py_ssize_t touch(self, Py_ssize_t n, PyObject *tensor) except -1:
+        if n == len(self.touched):
+            self.touched.append(<object>tensor)
+        else:
+            Py_INCREF(<object>tensor)
+            PyList_SetItem(self.touched, n, <object>tensor)  # takes the reference
+        return n + 1
+
+    cdef int store_counts(self, Row *row) noexcept:
+        cdef int j
+        cdef double value
+        for j in range(self.n_counts):
+            value = (<tuple>self.new_counts[row.slot])[j]
+            if row.count_size[j] == 8:
+                (<double *>row.count_at[j])[0] = value
+            else:
+                (<float *>row.count_at[j])[0] = <float>value
+        return 0
+
+    cdef int end(self) noexcept:
+        cdef Py_ssize_t k
+        for k in range(len(self.touched)):
+            Py_INCREF(None)
+            PyList_SetItem(self.touched, k, None)
+        self.left = self.layouts = None
+        self.unsteady = False
+        return Workspace.end(self)
+
+
+cdef double read(Row *row, int j) noexcept:
+    return (<double *>row.count_at[j])[0] if row.count_size[j] == 8 else (<float *>row.count_at[j])[0]

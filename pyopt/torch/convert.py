@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,14 +68,14 @@ def _within(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 def _as_number(value: Any) -> Any:
     """Arrays of one element and NumPy's scalars as Python numbers, also within lists, tuples and dicts."""
-    if isinstance(value, np.generic) or isinstance(value, np.ndarray) and value.size == 1:
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1):
         return value.item()
     return _within(value, _as_number)
 
 
 def _as_count(value: Any, what: str) -> int:
     number = _as_number(value)
-    if not number == number // 1 or number in (math.inf, -math.inf):
+    if number != number // 1:  # nor inf or nan
         raise ValueError(f"{what} is {number}, must be a whole number")
     return int(number)
 
@@ -85,7 +84,8 @@ def to_torch(state_dict: StateDict) -> StateDict:
     """The state_dict of a pyopt optimizer on arrays as one that torch's optimizer, or pyopt.torch's, loads.
 
     Arrays become tensors (copies), NumPy's scalars Python numbers, so that torch.load(weights_only=True) takes a file
-    of it, and step counts tensors of the default dtype as torch keeps them. Keys and entries of the user's own are kept.
+    of it, and step counts tensors of the default dtype as torch keeps them, of float64 where that is too short. Keys
+    and entries of the user's own are kept.
 
     Example:
         >>> import numpy as np, torch
@@ -102,7 +102,8 @@ def to_torch(state_dict: StateDict) -> StateDict:
     for index, entry in state_dict["state"].items():
         state[index] = {name: _to_torch(value) for name, value in entry.items()}
         if "step" in entry:
-            state[index]["step"] = torch.tensor(float(entry["step"]), dtype=dtype)
+            count = torch.tensor(float(entry["step"]), dtype=torch.float64)
+            state[index]["step"] = count.to(dtype) if count.to(dtype) == count else count
     groups = [{name: _as_number(value) for name, value in group.items()} for group in state_dict["param_groups"]]
     return {"state": state, "param_groups": [_to_torch(group) for group in groups]}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from pyopt.torch.step import KernelStepMixin, table_of
+from pyopt.torch.step import KernelStepMixin, workspace_of
 
 
 def explain(optimizer: Any) -> None:
@@ -62,7 +62,7 @@ def names_of(group: dict[str, Any]) -> Iterator[tuple[torch.Tensor, str]]:
 def paths_of(optimizer: torch.optim.Optimizer) -> list[tuple[int, torch.Tensor, str | None]]:
     """Per parameter the index of its group, and why its next step is torch's, or None."""
     if isinstance(optimizer, KernelStepMixin):
-        return table_of(optimizer).look(optimizer._side(optimizer))
+        return workspace_of(optimizer).explain(optimizer._side(optimizer))
     cls = type(optimizer)
     reason = f"its optimizer is {cls.__module__.removesuffix('.' + cls.__name__.lower())}.{cls.__qualname__}"
     return [(i, p, reason) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]

@@ -25,7 +25,7 @@ def step_by_torch(optimizer: Any, left: list[tuple[int, torch.Tensor]], factor: 
     cls: Any = type(optimizer)
     beside = object.__new__(cls)
     vars(beside).update(vars(optimizer))
-    for key in ("_pyopt_table", "_pyopt_grad_scale", "_pyopt_found_inf"):  # the scale is in the factor
+    for key in ("_pyopt_workspace", "_pyopt_grad_scale", "_pyopt_found_inf"):  # the scale is in the factor
         vars(beside).pop(key, None)
     beside.param_groups = groups_of(optimizer, left)
     if factor == 1:
@@ -42,46 +42,52 @@ def step_by_torch(optimizer: Any, left: list[tuple[int, torch.Tensor]], factor: 
 
 
 def groups_of(optimizer: Any, left: list[tuple[int, torch.Tensor]]) -> list[dict[str, Any]]:
-    """The groups of what is left, one each for those that may take torch's fused kernels where these are asked for."""
-    subsets: dict[Any, list[torch.Tensor]] = {}
-    groups = optimizer.param_groups
+    """The groups of what is left: split into lists of one kind where the user asked for `fused` or `foreach`."""
+    result: dict[Any, dict[str, Any]] = {}
     for index, p in left:
+        group = optimizer.param_groups[index]
+        add_missing_state(optimizer, p, group)
         key: Any = index
-        if groups[index].get("fused"):
-            key = index, *fused_kind(optimizer, p)
-        if key in subsets:
-            subsets[key].append(p)
-        else:
-            subsets[key] = [p]
-    result = []
-    for key, params in subsets.items():
-        if isinstance(key, tuple):
-            result.append({**groups[key[0]], "params": params, "fused": key[1]})
-        else:
-            result.append({**groups[key], "params": params})
-    return result
+        if group.get("fused"):
+            key = index, fused_kind(optimizer, p)
+        elif group.get("foreach"):
+            key = index, type(p), type(p.grad)
+        if key not in result:
+            result[key] = {**group, "params": []}
+            if key == (index, "no"):
+                result[key]["fused"] = False
+        result[key]["params"].append(p)
+    return list(result.values())
 
 
-def fused_kind(optimizer: Any, p: torch.Tensor) -> tuple[bool, bool]:
-    """Whether a parameter may take torch's fused kernel, and whether it has state: the kernels want all or none."""
+def add_missing_state(optimizer: Any, p: torch.Tensor, group: dict[str, Any]) -> None:
+    """torch makes state where there is no entry at all, and misses it where the user has one of their own."""
+    entry = optimizer.state.get(p)
+    if (
+        entry
+        and "step" not in entry
+        and optimizer._core.counts_steps
+        and entry.keys().isdisjoint(optimizer._core.state_names)
+    ):
+        side = optimizer._side(optimizer)
+        if side.reason(group) is None:
+            entry.update(side.new_state(p, group))
+
+
+def fused_kind(optimizer: Any, p: torch.Tensor) -> str:
+    """ "no" for a parameter that must not take torch's fused kernel; the others take it with all or no state."""
     state = optimizer.state.get(p) or {}
     tensors = [v for k, v in state.items() if k != "step" and v is not None]
-    if p.device.type != "cpu":
-        return True, bool(tensors)
-    # On the CPU they walk through memory without a look at strides, and know no other layouts.
-    first = _local(p)
-    if first is None or p.dtype not in (*HALVES, torch.float32, torch.float64):
-        return False, False
-    others = [_local(t) for t in (p.grad, *tensors)]
-    if not (
-        first.layout == torch.strided
-        and _is_dense(first)
-        and all(t is not None and _lies_like(t, first) for t in others)
-    ):
-        return False, False
-    if isinstance(optimizer, torch.optim.SGD) and p.dtype in HALVES and not fused_sgd_is_right(p.dtype):
-        return False, False
-    return True, bool(tensors)
+    if p.device.type == "cpu":
+        # There they walk through memory without a look at strides, and know no other layouts.
+        first, *others = map(_local, (p, p.grad, *tensors))
+        if first is None or p.dtype not in (*HALVES, torch.float32, torch.float64) or not _is_dense(first):
+            return "no"
+        if not all(each is not None and _lies_like(each, first) for each in others):
+            return "no"
+        if isinstance(optimizer, torch.optim.SGD) and p.dtype in HALVES and not fused_sgd_is_right(p.dtype):
+            return "no"
+    return "with state" if tensors else "without state"
 
 
 def _local(tensor: Any) -> torch.Tensor | None:
@@ -97,6 +103,8 @@ def _lies_like(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements lie side by side, in any order of the axes."""
+    if tensor.layout != torch.strided:
+        return False
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:

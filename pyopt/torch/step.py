@@ -1,4 +1,4 @@
-"""The step of the torch optimizers: pyopt's table for what its kernels cover, torch's own step for the rest."""
+"""The step of the torch optimizers: pyopt's workspace for what its kernels cover, torch's own step for the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.autograd import forward_ad, profiler
 from torch.optim import optimizer as torch_optimizer
 
 import pyopt
-from pyopt.torch._tensors import TensorTable
+from pyopt._options import check_options
+from pyopt.torch._tensors import TensorWorkspace
 from pyopt.torch.fallback import step_by_torch
 
 Group = dict[str, Any]
@@ -143,8 +144,18 @@ class KernelStepMixin:
             groups = enumerate(self.param_groups)
             self._step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
         else:
-            (attributes.get("_pyopt_table") or table_of(self)).step(self._side(self), None, factor)
+            (attributes.get("_pyopt_workspace") or workspace_of(self)).step(self._side(self), None, factor)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and not in the middle of a step of another thread."""
+        with workspace_of(self):
+            return super().state_dict()  # type: ignore[misc, no-any-return]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, and not in the middle of a step of another thread."""
+        with workspace_of(self):
+            super().load_state_dict(state_dict)  # type: ignore[misc]
 
     def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
         """Torch's step on these parameters alone, gradients multiplied by factor."""
@@ -152,7 +163,7 @@ class KernelStepMixin:
 
 
 class Side:
-    """What the table asks of an optimizer, answered for one of torch's by the pyopt optimizer behind it.
+    """What a workspace asks of an optimizer, answered for one of torch's by the pyopt optimizer behind it.
 
     A class of its own, so that subclasses of the optimizer are free in their names; made anew for each step, so that
     it holds nothing from before. Every class of the catalogue has a subclass, with what its core declares.
@@ -177,7 +188,11 @@ class Side:
         later = self.core.later
         if not later.keys() <= group.keys():
             group = {**later, **group}
-        return self.core.scalars(self, group, step)  # type: ignore[arg-type]
+        try:
+            return self.core.scalars(self, group, step)  # type: ignore[arg-type]
+        except (ArithmeticError, TypeError, ValueError):  # torch takes anything in a group: say which option it is
+            check_options({key: group[key] for key in self.defaults if key in group}, self.core.checks)
+            raise
 
     def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
         """What the numbers of the state are after a step."""
@@ -219,9 +234,9 @@ class Side:
         self.optimizer._step_by_torch(left, factor)
 
 
-def table_of(optimizer: KernelStepMixin) -> TensorTable:
+def workspace_of(optimizer: KernelStepMixin) -> TensorWorkspace:
     """The optimizer's; torch's __getstate__ leaves it behind in copies."""
-    return vars(optimizer).setdefault("_pyopt_table", TensorTable())  # type: ignore[no-any-return]
+    return vars(optimizer).setdefault("_pyopt_workspace", TensorWorkspace())  # type: ignore[no-any-return]
 
 
 def is_observed() -> bool:

@@ -1,0 +1,3 @@
+from pyopt._step import Workspace
+
+class ArrayWorkspace(Workspace): ...

@@ -1,0 +1,143 @@
+# One step of an optimizer. The kinds of arrays it is made on: pyopt/_arrays.pyx, pyopt/torch/_tensors.pyx.
+
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint64_t
+
+from pyopt._engine cimport STATES, Numbers, Rule, Work
+
+
+cdef enum:
+    COUNTS = 4  # numbers kept per parameter: the step count and what a rule adds to it
+
+cdef enum Route:
+    IDLE  # no gradient
+    KERNEL
+    LEFT  # to whoever else can step it
+
+
+cdef struct View:  # what a step needs to know of an array
+    char *data
+    const int64_t *shape
+    const int64_t *strides  # in units of `unit` bytes
+    int ndim
+    int itemsize
+    int unit
+    Py_ssize_t size
+
+
+cdef bint same_shape(const View *a, const View *b) noexcept nogil
+cdef bint same_order(const View *a, const View *b) noexcept nogil
+cdef bint is_dense(const View *v) noexcept nogil
+cdef char *end_of(const View *v) noexcept nogil
+cdef void hold(PyObject **place, value) noexcept
+
+
+cdef struct Range:  # of addresses, the end excluded
+    char *begin
+    char *end
+
+
+cdef struct Written:  # memory that a step writes, or a parameter that it must not write by accident
+    Range range
+    Py_ssize_t row
+    char *reach  # where they are in order: the furthest end up to here
+
+
+cdef struct Row:  # one parameter
+    # Of this step: references, counted, and let go at its end.
+    PyObject *param
+    PyObject *data  # the array behind it
+    PyObject *grad
+    PyObject *entry  # its dict in optimizer.state, NULL while it has none
+    PyObject *made  # its first state, a dict, which comes into the entry after the sweep; else NULL
+    PyObject *state[STATES]
+    PyObject *count[COUNTS]
+    # Of this step: numbers.
+    Route route
+    Py_ssize_t group
+    Py_ssize_t slot  # of its scalars and its new counts
+    Range read  # where its gradient lies
+    bint must_copy  # its gradient, before the sweep can walk it
+    bint has_copy  # its gradient is the workspace's copy of it
+    char *count_at[COUNTS]
+    int count_size[COUNTS]
+    # From step to step, numbers alone.
+    Range known_free  # between what is written, where its last gradient lay
+    Py_ssize_t free_version
+    uint64_t passed  # a digest of objects and addresses that a closer look has passed
+    bint careful  # it was left before: the closer look comes first
+
+
+cdef class Plan:
+    cdef dict seen
+    cdef readonly dict options
+    cdef readonly tuple names
+    cdef PyObject *name[STATES]
+    cdef object first_name
+    cdef bint stateless, finite
+    cdef object too_large
+
+
+cdef class Workspace:
+    # The lock: who steps, and how often it was taken by the same thread.
+    cdef void *lock
+    cdef unsigned long owner
+    cdef int depth, forks
+    cdef bint stepping
+    # From step to step.
+    cdef list plans
+    cdef dict copies  # private copies of gradients, by row
+    cdef Row *rows
+    cdef Work *work
+    cdef Numbers *numbers
+    cdef Written *written
+    cdef Written *known  # what was written when `ordered` was made of it
+    cdef Written *ordered
+    cdef Py_ssize_t row_capacity, range_capacity, n_known, version
+    # Of this step.
+    cdef list groups, params, new_plans, new_counts, slot_errors
+    cdef object states
+    cdef dict new_copies
+    cdef Rule rule
+    cdef tuple count_names
+    cdef int n_counts
+    cdef bint counts_steps, armed
+    cdef bint again  # the look, since Python code has run or must run
+    cdef bint unsteady  # other Python code has run than in a step that changes nothing but numbers
+    cdef Py_ssize_t n_rows, n_work, n_written, cursor
+    cdef double gradient_factor
+
+    cdef int begin(self, bint wait) except -1
+    cdef int give_back(self) noexcept
+    cdef int acquire(self, bint alone, bint wait) except -1
+    cdef int collect(self, optimizer, list grads) except -1
+    cdef Plan plan(self, optimizer, Py_ssize_t g, group)
+    cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1
+    cdef int add_slot(self, Plan plan, optimizer, Py_ssize_t step, tuple before) except -1
+    cdef PyObject *find_entry(self, param) except? NULL
+    cdef int look(self, optimizer) except -1
+    cdef int look_once(self) except -1
+    cdef int order_written(self) except -1
+    cdef bint add_written(self, Py_ssize_t row, char *begin, char *end) except -1
+    cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1
+    cdef bint enter_states(self) except -1
+    cdef int arm(self) except -1
+    cdef int disarm(self) noexcept
+    cdef int commit(self) noexcept
+    cdef int end(self) noexcept
+    cdef int reserve(self, Py_ssize_t n) except -1
+
+    # What a kind of arrays answers.
+    cdef int take(self, Row *row, Py_ssize_t index) except -1
+    cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1
+    cdef bint holds(self, PyObject *entry, name) except -1
+    cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2
+    cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1
+    cdef tuple read_counts(self, Row *row, Py_ssize_t index)
+    cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1
+    cdef bint look_at(self, Row *row, Py_ssize_t index, Work *work) except -1
+    cdef bint overlap(self, Py_ssize_t first, Py_ssize_t second) except -1
+    cdef int tangle(self, Py_ssize_t reader, Py_ssize_t writer) except -1
+    cdef bint settle(self, optimizer) except -1
+    cdef int announce(self) except -1
+    cdef int store_counts(self, Row *row) noexcept

@@ -1,0 +1,9 @@
+from types import TracebackType
+from typing import Any
+
+class Workspace:
+    def step(self, optimizer: Any, grads: list[Any] | None = None, gradient_factor: float = 1) -> None: ...
+    def __enter__(self) -> Workspace: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

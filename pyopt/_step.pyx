@@ -1,0 +1,746 @@
+# One step of an optimizer, as a transaction: all of it, or nothing.
+#
+#   collect   takes the groups, parameters, gradients and state once, and holds every object until the step is over;
+#             computes the numbers of the rule. Python code of the user's may run here, raise, or change anything.
+#   look      reads the fields of all arrays anew and checks them, where they lie and what they share, without a line of
+#             Python. What needs Python (a copy of a gradient, an error) ends the look; afterwards it begins again.
+#   arm       makes room for what commit will store.
+#   sweep     the kernels, without the GIL.
+#   commit    stores that cannot fail: step counts, first states.
+#
+# From the last look to the end of commit no bytecode runs, so no signal and no exception can come between. A workspace
+# keeps nothing of the user's between steps; what it remembers are numbers, and plans made whole and put in place whole.
+
+from cpython.dict cimport (
+    PyDict_Clear, PyDict_Copy, PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem, PyDict_Size,
+)
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
+from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF, Py_XDECREF
+from libc.math cimport fabs, isfinite
+from libc.stdlib cimport qsort
+from libc.string cimport memcmp, memcpy, memset
+
+from pyopt._engine cimport ROW_COST, STATES, Numbers, Rule, Work, sweep
+
+import os
+
+from pyopt.checks import plain
+from pyopt.parameter import label
+
+
+cdef extern from *:
+    """
+    #include <float.h>
+    """
+    const double FLT_MAX
+    const double FLT_TRUE_MIN
+
+cdef extern from "Python.h" nogil:
+    enum: PY_LOCK_INTR
+    void *PyThread_allocate_lock()
+    void PyThread_free_lock(void *)
+    int PyThread_acquire_lock(void *, int wait)
+    int PyThread_acquire_lock_timed(void *, long long microseconds, int interruptible)
+    void PyThread_release_lock(void *)
+    unsigned long PyThread_get_thread_ident()
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+cdef bint same_shape(const View *a, const View *b) noexcept nogil:
+    cdef int i
+    if a.ndim != b.ndim:
+        return False
+    for i in range(a.ndim):
+        if a.shape[i] != b.shape[i]:
+            return False
+    return True
+
+
+cdef bint same_order(const View *a, const View *b) noexcept nogil:
+    """Whether two arrays of one shape and type lay their elements out alike; a length of 1 has no stride."""
+    cdef int i
+    if a.size == 0:
+        return True
+    for i in range(a.ndim):
+        if a.strides[i] != b.strides[i] and a.shape[i] > 1:
+            return False
+    return True
+
+
+cdef bint is_dense(const View *v) noexcept nogil:
+    """Whether the elements lie side by side, in any order of the axes."""
+    cdef int64_t expected = v.itemsize // v.unit
+    cdef int i, _i, j
+    for i in range(v.ndim - 1, -1, -1):
+        if v.shape[i] != 1 and v.strides[i] != expected:
+            break
+        expected *= v.shape[i]
+    else:
+        return True
+    if v.size == 0:
+        return True
+    # Each axis must continue where those of smaller strides end.
+    expected = v.itemsize // v.unit
+    for _i in range(v.ndim):
+        for j in range(v.ndim):
+            if v.shape[j] > 1 and v.strides[j] == expected:
+                expected *= v.shape[j]
+                break
+        else:
+            break
+    return expected == v.size * (v.itemsize // v.unit)
+
+
+cdef char *end_of(const View *v) noexcept nogil:
+    """Behind the last element of a dense array."""
+    return v.data + v.size * v.itemsize
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+cdef class Plan:
+    """What a step needs to know of a group: made whole, of a copy of it, and never changed.
+
+    seen: the group's values that it was made of; None where one of them could change inside, so that it serves once.
+    options: the hyper-parameters as Python numbers.
+    names: the state array behind each stream of the rule, None where the options need none; None for a group that
+    the kernels do not step.
+    """
+
+
+cdef bint is_constant(value) noexcept:
+    cdef object kind = type(value)
+    if kind is tuple:
+        for item in <tuple>value:
+            if not is_constant(item):
+                return False
+        return True
+    return kind is float or kind is int or kind is bool or kind is str or value is None
+
+
+cdef bint is_as_seen(group, dict seen) except -1:
+    """Whether a group holds the very values that a plan was made of."""
+    cdef Py_ssize_t position = 0, others = 0
+    cdef PyObject *key
+    cdef PyObject *value
+    if seen is None or not isinstance(group, dict):
+        return False
+    while PyDict_Next(group, &position, &key, &value):
+        if type(<object>key) is not str:
+            return False
+        if PyDict_GetItemWithError(seen, <object>key) == value:
+            continue
+        if <str><object>key == "params" or <str><object>key == "param_names":
+            others += 1
+        else:
+            return False
+    return PyDict_GetItemWithError(group, "params") != NULL and PyDict_Size(group) - others == PyDict_Size(seen)
+
+
+cdef bint all_finite(dict options, known) except -1:
+    for name, value in options.items():
+        if name in known:
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, float) and not isfinite(x):
+                    return False
+    return True
+
+
+cdef object first_too_large(dict options, known):
+    """The message for an option that is finite in double, and in float32 is not, or becomes 0."""
+    for name, value in options.items():
+        if name not in known:
+            continue
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, (int, float)) and x != 0 and not FLT_TRUE_MIN / 2 < abs(x) <= FLT_MAX and isfinite(x):
+                return f"{name} == {value!r}, must be a number of float32: at most 3.4e38, and at least 1.4e-45 if not 0"
+    return None
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+cdef int forks = 0
+
+
+def _after_fork():
+    global forks
+    forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+cdef class Workspace:
+    """What the steps of one optimizer use again, and the lock that lets one thread at a time at it.
+
+    As a context manager it is held for reading: `with workspace:` waits until no other thread is in a step.
+    """
+
+    def __cinit__(self):
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError("no memory for a lock")
+        self.forks = forks
+        self.plans = []
+        self.n_known = -1
+        self.gradient_factor = 1
+
+    def __reduce__(self):
+        return type(self), ()  # a copy begins anew
+
+    def __dealloc__(self):
+        PyThread_free_lock(self.lock)
+        PyMem_Free(self.rows)
+        PyMem_Free(self.work)
+        PyMem_Free(self.numbers)
+        PyMem_Free(self.written)
+        PyMem_Free(self.known)
+        PyMem_Free(self.ordered)
+
+    def __enter__(self):
+        self.acquire(False, True)
+        return self
+
+    def __exit__(self, *exc):
+        self.give_back()
+
+    cdef int begin(self, bint wait) except -1:
+        """Enter a step; RuntimeError if one has begun already, in another thread unless it waits for its end."""
+        self.acquire(True, wait)
+        self.stepping = True
+        return 0
+
+    cdef int acquire(self, bint alone, bint wait) except -1:
+        cdef unsigned long me = PyThread_get_thread_ident()
+        cdef int got
+        if self.forks != forks:
+            self.forks = forks
+            if not (self.depth and self.owner == me):  # who held it does not exist in this child
+                self.lock = PyThread_allocate_lock()  # the old one may be held: it is not freed
+                if self.lock == NULL:
+                    raise MemoryError("no memory for a lock")
+                self.depth = 0
+                self.end()
+        if self.depth and self.owner == me:
+            if alone:
+                raise RuntimeError("step() of this optimizer is already running: it was called from inside itself")
+            self.depth += 1
+            return 0
+        if not PyThread_acquire_lock(self.lock, 0):
+            if self.stepping and not wait:
+                raise RuntimeError("step() of this optimizer is already running in another thread")
+            while True:
+                with nogil:
+                    got = PyThread_acquire_lock_timed(self.lock, -1, 1)
+                if got != PY_LOCK_INTR:
+                    break
+                PyErr_CheckSignals()
+        self.owner = me
+        self.depth = 1
+        return 0
+
+    cdef int give_back(self) noexcept:
+        self.depth -= 1
+        if self.depth == 0:
+            PyThread_release_lock(self.lock)
+        return 0
+
+    # --- the walk -----------------------------------------------------------------------------------------------------
+
+    def step(self, optimizer, list grads=None, double gradient_factor=1):
+        """One step of the optimizer's rule on every parameter that has a gradient: all of it, or an error and nothing.
+
+        grads, where given, stand for the parameters' own, in the order of the groups; each is taken times
+        gradient_factor.
+        """
+        self.begin(False)
+        try:
+            self.gradient_factor = gradient_factor
+            self.collect(optimizer, grads)
+            self.look(optimizer)
+            if self.enter_states():
+                self.look(optimizer)
+            self.announce()
+            self.arm()
+            with nogil:
+                sweep(self.work, self.n_work, self.numbers)
+            self.commit()
+        finally:
+            self.end()
+            self.give_back()
+
+    # --- collect ------------------------------------------------------------------------------------------------------
+
+    cdef int collect(self, optimizer, list grads) except -1:
+        """Take all that the step will use: Python code may run here, and the table is not in use yet."""
+        cdef Py_ssize_t g, i, n, k = 0, step, last_step
+        cdef list params
+        cdef Plan plan
+        cdef Row *row
+        cdef PyObject *found
+        cdef tuple before = None, last_before = None
+        states = optimizer.state
+        if not isinstance(states, dict):
+            raise TypeError(f"state of the optimizer is a {type(states).__name__}, must be a dict")
+        self.states = states
+        self.rule = optimizer.rule
+        self.counts_steps = optimizer.counts_steps
+        self.count_names = ("step", *optimizer.number_states) if self.counts_steps else ()
+        self.n_counts = len(self.count_names)
+        self.cursor = 0
+        self.groups, self.params = list(optimizer.param_groups), []
+        self.new_plans, self.new_counts, self.slot_errors = [], [], []
+        n = len(self.groups)
+        for g in range(n):
+            group = self.groups[g]
+            plan = self.plan(optimizer, g, group)
+            self.new_plans.append(plan)
+            found = PyDict_GetItemWithError(group, "params")
+            if found == NULL or not isinstance(<object>found, (list, tuple)):
+                what = "missing" if found == NULL else f"a {type(<object>found).__name__}"
+                raise TypeError(f"'params' of param group {g} is {what}, must be a list of parameters")
+            params = list(<object>found)
+            self.params.append(params)
+            if grads is not None and len(grads) < k + len(params):
+                raise ValueError(f"grads has {len(grads)} items, must have more: one per parameter")
+            self.reserve(k + len(params))
+            last_step = -1
+            for i in range(len(params)):
+                row = &self.rows[k]
+                memset(row, 0, <char *>&row.known_free - <char *>row)
+                row.group = g
+                self.n_rows = k + 1
+                hold(&row.param, params[i])
+                self.take(row, k)
+                grad = params[i].grad if grads is None else grads[k]
+                if grad is not None:
+                    hold(&row.grad, grad)
+                    row.route = LEFT if plan.names is None else KERNEL
+                    self.take_gradient(row, k)
+                if row.route == KERNEL:
+                    step = self.take_state(row, plan, optimizer, k)
+                if row.route == KERNEL:
+                    if self.n_counts > 1:
+                        before = self.read_counts(row, k)
+                    if step != last_step or before != last_before:
+                        self.add_slot(plan, optimizer, step, before)
+                        last_step, last_before = step, before
+                    row.slot = len(self.new_counts) - 1
+                k += 1
+        if grads is not None and len(grads) != k:
+            raise ValueError(f"grads has {len(grads)} items, must have {k}: one per parameter")
+        return 0
+
+    cdef Plan plan(self, optimizer, Py_ssize_t g, group):
+        """The plan of a group: the one of the last step, or a new one where the group has changed."""
+        cdef Plan plan
+        if g < len(self.plans) and is_as_seen(group, (<Plan>self.plans[g]).seen):
+            return self.plans[g]
+        if not isinstance(group, dict):
+            raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
+        self.unsteady = True
+        group = PyDict_Copy(group)  # as it is now, whatever other threads do to it
+        plan = Plan.__new__(Plan)
+        seen = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        optimizer.check_group(group)
+        plan.options = plain(group)
+        plan.names = optimizer.state_streams(plan.options)
+        if plan.names is not None and len(plan.names) > STATES:
+            raise ValueError(f"state_streams returned {plan.names}, must have at most {STATES} names")
+        plan.first_name = "step" if self.counts_steps else None
+        for j, name in enumerate(plan.names or ()):
+            if name is not None:
+                plan.name[j] = <PyObject *>name  # held by names
+                if plan.first_name is None:
+                    plan.first_name = name
+        plan.stateless = plan.first_name is None
+        plan.too_large = first_too_large(plan.options, optimizer.defaults)
+        plan.finite = all_finite(plan.options, optimizer.defaults)
+        plan.seen = seen if all(type(key) is str and is_constant(value) for key, value in seen.items()) else None
+        return plan
+
+    cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1:
+        """Take the state of a row, or a new one; the number of its step, 1 or 2 where steps are not counted."""
+        cdef PyObject *entry = self.find_entry(<object>row.param)
+        cdef PyObject *array
+        cdef PyObject *source
+        cdef int j
+        if entry != NULL:
+            if not isinstance(<object>entry, dict):
+                what = type(<object>entry).__name__
+                raise TypeError(f"{label(index, <object>row.param)}: its state is a {what}, must be a dict")
+            hold(&row.entry, <object>entry)
+        if plan.stateless:
+            return 2
+        if entry == NULL or not self.holds(entry, plan.first_name):
+            if entry != NULL:
+                for name in (*self.count_names, *plan.names):
+                    if name is not None and self.holds(entry, name):
+                        self.lacks(row, index, plan.first_name)
+                        return 2
+            made = optimizer.new_state(<object>row.param, plan.options)
+            if not isinstance(made, dict):
+                raise TypeError(f"new_state returned a {type(made).__name__}, must return a dict")
+            hold(&row.made, made)
+            self.unsteady = True
+        source = row.made if row.made != NULL else row.entry
+        for j in range(self.n_counts):
+            name = self.count_names[j]
+            array = PyDict_GetItemWithError(<object>source, name)
+            if array == NULL:
+                self.lacks(row, index, name)
+                return 2
+            hold(&row.count[j], <object>array)
+        for j in range(STATES):
+            if plan.name[j] == NULL:
+                continue
+            array = PyDict_GetItemWithError(<object>source, <object>plan.name[j])
+            if array == NULL:
+                self.lacks(row, index, <object>plan.name[j])
+                return 2
+            hold(&row.state[j], <object>array)
+        self.take_arrays(row, index)
+        if self.counts_steps and row.route == KERNEL:
+            return self.read_step(row, index) + 1
+        return 1 if row.made != NULL else 2
+
+    cdef PyObject *find_entry(self, param) except? NULL:
+        """The entry of optimizer.state, NULL if there is none; without a hash where they stand in the rows' order."""
+        cdef Py_ssize_t next = self.cursor
+        cdef PyObject *key
+        cdef PyObject *value
+        if PyDict_Next(self.states, &next, &key, &value):
+            if key == <PyObject *>param:
+                self.cursor = next
+                return value
+        elif self.cursor == 0:
+            return NULL
+        return PyDict_GetItemWithError(self.states, param)
+
+    cdef int add_slot(self, Plan plan, optimizer, Py_ssize_t step, tuple before) except -1:
+        """The numbers of a step of one group, for the parameters at the same count."""
+        cdef Py_ssize_t position = 0
+        cdef PyObject *key
+        cdef PyObject *value
+        cdef double x
+        cdef object too_large = plan.too_large
+        cdef dict options = plan.options, scalars
+        counts = (step,)
+        if before is not None:
+            numbers = optimizer.next_numbers(options, step, dict(zip(self.count_names[1:], before)))
+            counts = (step, *[float(numbers[name]) for name in self.count_names[1:]])
+            options = {**options, **numbers}
+        scalars = optimizer.scalars(options, step)
+        if self.gradient_factor != 1:
+            scalars = {**scalars, "scale": scalars["scale"] * self.gradient_factor}
+        while PyDict_Next(scalars, &position, &key, &value):
+            x = <object>value
+            if not plan.finite:  # torch takes inf and NaN in a group, and they show in the result
+                break
+            if not isfinite(x):
+                raise ValueError(f"{<object>key} == {x} in step {step}, must be finite: {options}")
+            if fabs(x) > FLT_MAX and too_large is None:
+                too_large = f"{<object>key} == {x} in step {step}, must be at most 3.4e38 in float32: {options}"
+        self.rule.pack(scalars, &self.numbers[len(self.new_counts)])
+        self.slot_errors.append(too_large)
+        self.new_counts.append(counts)
+        return 0
+
+    # --- look ---------------------------------------------------------------------------------------------------------
+
+    cdef int look(self, optimizer) except -1:
+        """Look at all arrays until nothing is left to do for them in Python."""
+        cdef int _i
+        for _i in range(1000):
+            self.again = False
+            self.look_once()
+            if not self.settle(optimizer) and not self.again:
+                self.plans = self.new_plans
+                self.copies = self.new_copies
+                return 0
+        raise RuntimeError("parameters, gradients or state change while the step looks at them")
+
+    cdef int look_once(self) except -1:
+        """Read the fields of all arrays, fill the work; `again` where Python code has run or must run."""
+        cdef Py_ssize_t k, cost = 0
+        cdef Row *row
+        cdef Work *w
+        self.n_work = self.n_written = 0
+        for k in range(self.n_rows):
+            row = &self.rows[k]
+            w = &self.work[self.n_work]
+            if not self.look_at(row, k, w):
+                continue
+            w.start = cost
+            w.slot = row.slot
+            w.span32 = self.rule.span32
+            w.span64 = self.rule.span64
+            if not w.is_double and self.slot_errors[row.slot] is not None:
+                raise ValueError(f"{label(k, <object>row.param)} is float32: {self.slot_errors[row.slot]}")
+            cost += w.size + ROW_COST
+            self.n_work += 1
+        if self.again:
+            return 0
+        self.order_written()
+        if self.again:
+            return 0
+        for k in range(self.n_rows):
+            row = &self.rows[k]
+            if row.read.begin < row.read.end and not (
+                    row.free_version == self.version and row.known_free.begin <= row.read.begin
+                    and row.read.end <= row.known_free.end):
+                self.find_tangles(row, k)
+        return 0
+
+    cdef bint add_written(self, Py_ssize_t row, char *begin, char *end) except -1:
+        """Note what will be written, or must not be."""
+        cdef Py_ssize_t n = self.n_written
+        if begin >= end:
+            return False
+        if n == self.range_capacity:
+            n = 2 * n + 64
+            self.written = <Written *>grown(self.written, n * sizeof(Written))
+            self.known = <Written *>grown(self.known, n * sizeof(Written))
+            self.ordered = <Written *>grown(self.ordered, n * sizeof(Written))
+            self.range_capacity = n
+        self.written[self.n_written].range.begin = begin
+        self.written[self.n_written].range.end = end
+        self.written[self.n_written].row = row
+        self.written[self.n_written].reach = NULL
+        self.n_written += 1
+        return True
+
+    cdef int order_written(self) except -1:
+        """Put in ascending order what is written, where it is not what it was; find what shares memory."""
+        cdef Py_ssize_t i, furthest = 0
+        cdef size_t size = self.n_written * sizeof(Written)
+        cdef bint shared = False
+        if self.n_written == self.n_known and memcmp(self.written, self.known, size) == 0:
+            return 0
+        self.n_known = -1
+        self.version += 1
+        memcpy(self.ordered, self.written, size)
+        qsort(self.ordered, self.n_written, sizeof(Written), ascending)
+        for i in range(self.n_written):
+            if i > 0 and self.ordered[i].range.begin < self.ordered[furthest].range.end:
+                shared |= self.overlap(self.ordered[furthest].row, self.ordered[i].row)
+            if self.ordered[i].range.end > self.ordered[furthest].range.end:
+                furthest = i
+            self.ordered[i].reach = self.ordered[furthest].range.end
+        if not shared:
+            memcpy(self.known, self.written, size)
+            self.n_known = self.n_written
+        return 0
+
+    cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1:
+        """Find all rows that write where the gradient of this one lies."""
+        cdef Py_ssize_t low = 0, high = self.n_written, k
+        cdef char *begin = row.read.begin
+        cdef char *end = row.read.end
+        while low < high:  # the first that begins at or behind the end of the gradient
+            k = (low + high) // 2
+            if self.ordered[k].range.begin < end:
+                low = k + 1
+            else:
+                high = k
+        if low == 0 or self.ordered[low - 1].reach <= begin:
+            row.free_version = self.version
+            row.known_free.begin = self.ordered[low - 1].reach if low > 0 else NULL
+            row.known_free.end = self.ordered[low].range.begin if low < self.n_written else <char *>~<size_t>0
+            return 0
+        k = low - 1
+        while k >= 0 and self.ordered[k].reach > begin:
+            if self.ordered[k].range.end > begin:
+                self.tangle(index, self.ordered[k].row)
+            k -= 1
+        return 0
+
+    # --- arm and commit -----------------------------------------------------------------------------------------------
+
+    cdef bint enter_states(self) except -1:
+        """Give rows without one an empty entry in optimizer.state, which means no state; whether Python may have run."""
+        cdef Py_ssize_t k
+        cdef bint entered = False
+        for k in range(self.n_rows):
+            row = &self.rows[k]
+            if row.route == KERNEL and row.made != NULL and row.entry == NULL:
+                entry = {}
+                PyDict_SetItem(self.states, <object>row.param, entry)
+                hold(&row.entry, entry)
+                entered = self.unsteady = True
+        return entered
+
+    cdef int arm(self) except -1:
+        """Make room for first states, so that to store them cannot fail."""
+        cdef Py_ssize_t k, position
+        cdef PyObject *key
+        cdef PyObject *value
+        cdef Row *row
+        self.armed = True
+        for k in range(self.n_rows):
+            row = &self.rows[k]
+            if row.route == KERNEL and row.made != NULL:
+                position = 0
+                while PyDict_Next(<object>row.made, &position, &key, &value):
+                    PyDict_SetItem(<object>row.entry, <object>key, None)
+        return 0
+
+    cdef int disarm(self) noexcept:
+        """Take back what arm did."""
+        cdef Py_ssize_t k, position
+        cdef PyObject *key
+        cdef PyObject *value
+        cdef Row *row
+        for k in range(self.n_rows):
+            row = &self.rows[k]
+            if row.route == KERNEL and row.made != NULL and row.entry != NULL:
+                position = 0
+                while PyDict_Next(<object>row.made, &position, &key, &value):
+                    try:
+                        value = PyDict_GetItemWithError(<object>row.entry, <object>key)
+                        if value != NULL and <object>value is None:
+                            PyDict_DelItem(<object>row.entry, <object>key)
+                    except BaseException:  # a key with a hash of its own
+                        pass
+        self.armed = False
+        return 0
+
+    cdef int commit(self) noexcept:
+        """Store first states and counts: no Python code, nothing that can fail."""
+        cdef Py_ssize_t k, position
+        cdef PyObject *key
+        cdef PyObject *value
+        cdef Row *row
+        for k in range(self.n_rows):
+            row = &self.rows[k]
+            if row.route != KERNEL:
+                continue
+            if row.made != NULL:
+                position = 0
+                while PyDict_Next(<object>row.made, &position, &key, &value):
+                    PyDict_SetItem(<object>row.entry, <object>key, <object>value)
+            if self.counts_steps:
+                self.store_counts(row)
+        self.armed = False
+        return 0
+
+    cdef int end(self) noexcept:
+        """Let go of all that the step has held."""
+        cdef Py_ssize_t k, n
+        cdef Row *row
+        if self.armed:
+            self.disarm()
+        n, self.n_rows = self.n_rows, 0
+        for k in range(n):
+            row = &self.rows[k]
+            let_go(&row.param)
+            let_go(&row.data)
+            let_go(&row.grad)
+            let_go(&row.entry)
+            let_go(&row.made)
+            for j in range(STATES):
+                let_go(&row.state[j])
+            for j in range(COUNTS):
+                let_go(&row.count[j])
+        self.groups = self.params = self.new_plans = self.new_counts = self.slot_errors = self.new_copies = None
+        self.states = None
+        self.rule = None
+        self.stepping = self.unsteady = False
+        return 0
+
+    cdef int reserve(self, Py_ssize_t n) except -1:
+        """Make room for n rows."""
+        if n > self.row_capacity:
+            n = max(n, 2 * self.row_capacity)
+            self.rows = <Row *>grown(self.rows, n * sizeof(Row))
+            memset(&self.rows[self.row_capacity], 0, (n - self.row_capacity) * sizeof(Row))
+            self.work = <Work *>grown(self.work, n * sizeof(Work))
+            self.numbers = <Numbers *>grown(self.numbers, n * sizeof(Numbers))
+            self.row_capacity = n
+        return 0
+
+    # --- what a kind of arrays answers --------------------------------------------------------------------------------
+
+    cdef int take(self, Row *row, Py_ssize_t index) except -1:
+        """Check what kind of object a parameter is, and take the array behind it."""
+        raise NotImplementedError
+
+    cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
+        """Check what kind of object a gradient is, or make one of the right kind."""
+        raise NotImplementedError
+
+    cdef bint holds(self, PyObject *entry, name) except -1:
+        """Whether an entry of the state holds something under this name."""
+        raise NotImplementedError
+
+    cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
+        """The state of a row has no such array: raise, or leave the row."""
+        raise NotImplementedError
+
+    cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2:
+        """How many steps the parameter has made."""
+        raise NotImplementedError
+
+    cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1:
+        """Take the arrays behind the state."""
+        return 0
+
+    cdef tuple read_counts(self, Row *row, Py_ssize_t index):
+        """The other numbers that are kept for the parameter, as Python floats."""
+        raise NotImplementedError
+
+    cdef bint look_at(self, Row *row, Py_ssize_t index, Work *work) except -1:
+        """Look at the arrays of a row and note what is written; whether there is work: its size and streams then."""
+        raise NotImplementedError
+
+    cdef bint overlap(self, Py_ssize_t first, Py_ssize_t second) except -1:
+        """Two rows, or one with itself, would write to the same memory: raise, or leave them and return True."""
+        raise NotImplementedError
+
+    cdef int tangle(self, Py_ssize_t reader, Py_ssize_t writer) except -1:
+        """The gradient of one row lies where another writes."""
+        raise NotImplementedError
+
+    cdef bint settle(self, optimizer) except -1:
+        """Do what must be done in Python; whether there was something."""
+        raise NotImplementedError
+
+    cdef int announce(self) except -1:
+        """Tell others that the arrays will be written to; without Python code."""
+        return 0
+
+    cdef int store_counts(self, Row *row) noexcept:
+        """Store the new counts of a row."""
+        return 0
+
+
+cdef void hold(PyObject **place, value) noexcept:
+    cdef PyObject *before = place[0]
+    Py_INCREF(value)
+    place[0] = <PyObject *>value
+    Py_XDECREF(before)
+
+
+cdef void let_go(PyObject **place) noexcept:
+    cdef PyObject *value = place[0]
+    place[0] = NULL  # first: what follows can run a destructor
+    Py_XDECREF(value)
+
+
+cdef int ascending(const void *a, const void *b) noexcept nogil:
+    cdef const Range *x = &(<const Written *>a).range
+    cdef const Range *y = &(<const Written *>b).range
+    if x.begin != y.begin:
+        return -1 if x.begin < y.begin else 1
+    return (x.end > y.end) - (x.end < y.end)
+
+
+cdef void *grown(void *block, size_t size) except NULL:
+    block = PyMem_Realloc(block, size)
+    if block == NULL:
+        raise MemoryError(f"no {size} bytes for the table of parameters")
+    return block
