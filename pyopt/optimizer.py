@@ -59,8 +59,6 @@ class Optimizer(Hooked):
     number_states: ClassVar[tuple[str, ...]] = ()
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
-    # Further numbers that the state keeps per parameter, and what each is at first.
-    number_states: ClassVar[tuple[str, ...]] = ()
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Options that checkpoints of older torch lack, and what they mean there.

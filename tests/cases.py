@@ -31,32 +31,6 @@ def combinations(optimizer: type[pyopt.Optimizer], oracle: Callable[..., Any], *
     ]
 
 
-def with_numbers(optimizer: type[pyopt.Optimizer]) -> type[pyopt.Optimizer]:
-    """The optimizer with the numbers of its state kept here: a function of the step count, with options that stay."""
-
-    class WithNumbers(optimizer):
-        def scalars(self, group: Any, step: int) -> Any:
-            numbers = vars(self).setdefault(
-                "numbers", {0: {n: self.initial_value(n, group) for n in self.number_states}}
-            )
-            after = self.next_numbers(group, step, numbers[step - 1])
-            numbers[step] = {name: after[name] for name in self.number_states}
-            return super().scalars({**group, **after}, step)
-
-        def step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().step(*args, **kwargs)
-            for entry in self.state.values():
-                entry.update(self.numbers[entry["step"]])
-            return loss
-
-    WithNumbers.__name__ = optimizer.__name__
-    return WithNumbers
-
-
-NAdam, ASGD, SGDScheduleFree, AdamWScheduleFree = map(
-    with_numbers, [pyopt.NAdam, pyopt.ASGD, pyopt.SGDScheduleFree, pyopt.AdamWScheduleFree]
-)
-
 MAXIMIZE = [None, True]
 DECAY = [None, 0.1]
 
@@ -104,7 +78,7 @@ CASES = [
         eps=[None, 1e-3],
     ),
     *combinations(
-        NAdam,
+        pyopt.NAdam,
         reference.nadam,
         weight_decay=DECAY,
         decoupled_weight_decay=[None, True],
@@ -121,7 +95,13 @@ CASES = [
         betas=[None, (0.2, 0.9), (0.9, 0.5)],
     ),
     *combinations(
-        ASGD, reference.asgd, lambd=[None, 0.1], alpha=[None, 0.5], t0=[None, 3], weight_decay=DECAY, maximize=MAXIMIZE
+        pyopt.ASGD,
+        reference.asgd,
+        lambd=[None, 0.1],
+        alpha=[None, 0.5],
+        t0=[None, 3],
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
     ),
     *combinations(
         pyopt.Rprop, reference.rprop, etas=[None, (0.3, 2)], step_sizes=[None, (5e-3, 0.02)], maximize=MAXIMIZE
@@ -170,7 +150,7 @@ CASES = [
         maximize=MAXIMIZE,
     ),
     *combinations(
-        SGDScheduleFree,
+        pyopt.SGDScheduleFree,
         reference.sgd_schedule_free,
         lr=[0.1],
         momentum=[None, 0.3],
@@ -180,7 +160,7 @@ CASES = [
         maximize=MAXIMIZE,
     ),
     *combinations(
-        AdamWScheduleFree,
+        pyopt.AdamWScheduleFree,
         reference.adamw_schedule_free,
         betas=[None, (0.3, 0.9)],
         weight_decay=DECAY,
@@ -203,18 +183,18 @@ BRIEF = [
     Case(pyopt.AdamW, reference.adam),
     Case(pyopt.Adadelta, reference.adadelta),
     Case(pyopt.Adamax, reference.adamax),
-    Case(NAdam, reference.nadam),
+    Case(pyopt.NAdam, reference.nadam),
     Case(pyopt.RAdam, reference.radam, {"betas": (0.9, 0.5)}),
     Case(pyopt.RAdam, reference.radam),
-    Case(ASGD, reference.asgd, {"t0": 1}),
+    Case(pyopt.ASGD, reference.asgd, {"t0": 1}),
     Case(pyopt.Rprop, reference.rprop),
     Case(pyopt.AdaBelief, reference.adabelief, {"weight_decay": 0.1}),
     Case(pyopt.ADOPT, reference.adopt),
     Case(pyopt.AdEMAMix, reference.ademamix),
     Case(pyopt.Adan, reference.adan),
     Case(pyopt.FTRL, reference.ftrl, {"l1": 0.1}),
-    Case(SGDScheduleFree, reference.sgd_schedule_free, {"weight_decay": 0.1}),
-    Case(AdamWScheduleFree, reference.adamw_schedule_free, {"weight_decay": 0.1}),
+    Case(pyopt.SGDScheduleFree, reference.sgd_schedule_free, {"weight_decay": 0.1}),
+    Case(pyopt.AdamWScheduleFree, reference.adamw_schedule_free, {"weight_decay": 0.1}),
 ]
 
 DTYPES = [np.float32, np.float64]

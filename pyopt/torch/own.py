@@ -53,7 +53,8 @@ class OwnOptimizer(KernelStepMixin, torch.optim.Optimizer):
                 step = int(state["step"])
             if side.number_states:
                 numbers = side.next_numbers(group, step, {name: float(state[name]) for name in side.number_states})
-                state.update({name: numbers[name] for name in side.number_states})
+                for name in side.number_states:
+                    state[name].fill_(numbers[name])
                 group.update(numbers)
             h = side.scalars(group, step)
             arrays = [_real(p), *(_real(state[name]) for name in names)]
@@ -61,6 +62,16 @@ class OwnOptimizer(KernelStepMixin, torch.optim.Optimizer):
             after = type(self).formula(h, _wide(arrays[0]), g, *map(_wide, arrays[1:]))
             for array, value in zip(arrays, after, strict=True):
                 array.copy_(value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but that it rounds the numbers of a state to the dtype of the parameter."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for p, index in zip(params, saved, strict=True):
+            for name in self._core.number_states:
+                if name in self.state.get(p, {}):
+                    self.state[p][name] = torch.tensor(float(state_dict["state"][index][name]), dtype=torch.float64)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -202,11 +202,9 @@ class Side:
         """The state behind each stream of the rule, None for a group that is left to torch."""
         return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
 
-    @classmethod
-    def reason(cls, group: Group) -> str | None:
+    @staticmethod
+    def reason(group: Group) -> str | None:
         """Why a whole group is left to torch."""
-        if cls.number_states:  # the table knows of the step count alone
-            return "its rule keeps numbers beside the step count"
         return next((f"{key}=True" for key in ("differentiable", "capturable") if group.get(key)), None)
 
     @torch.no_grad()
@@ -220,10 +218,9 @@ class Side:
         if self.counts_steps:
             state["step"] = torch.zeros((), dtype=scalar_dtype)
         for name in self.number_states:
-            value = float(self.core.initial_value(self, name, options))  # type: ignore[arg-type]
-            # A float where torch has no such class: its load_state_dict would round a tensor to the parameter's dtype.
+            value = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
             is_torchs = hasattr(torch.optim, self.core.__name__)
-            state[name] = torch.tensor(value, dtype=scalar_dtype) if is_torchs else value
+            state[name] = torch.tensor(value, dtype=scalar_dtype if is_torchs else torch.float64)
         for name in filter(None, self.state_streams(group) or ()):
             value = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
