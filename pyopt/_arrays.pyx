@@ -1,9 +1,10 @@
 # Steps on NumPy arrays. What a step needs to know of an array is read from its own fields, in every step: whatever was
 # set in place since, shape, strides, dtype, flags or memory, is followed or refused.
 
-from cpython.dict cimport PyDict_GetItemWithError, PyDict_SetItem
+from cpython.dict cimport PyDict_Clear, PyDict_GetItemWithError, PyDict_SetItem, PyDict_Update
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 from pyopt._engine cimport STATES, Work
 from pyopt._numpy_arrays cimport (
@@ -11,6 +12,8 @@ from pyopt._numpy_arrays cimport (
     PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
 )
 from pyopt._step cimport IDLE, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape
+
+from copy import deepcopy
 
 import numpy as np
 from numpy import ndarray
@@ -68,8 +71,57 @@ cdef void extent(const View *v, char **begin, char **end) noexcept:
     end[0] += v.itemsize
 
 
+cdef class Kept:
+    """A parameter and its state as they are now, to be put back without Python code."""
+    cdef dict entry, before
+    cdef list arrays, copies, sizes
+
+    def __init__(self, data, entry):
+        self.arrays, self.copies = [data], [data.copy("K")]
+        self.entry, self.before = entry, {}
+        for name, value in entry.items():
+            if isinstance(value, ndarray) and not value.dtype.hasobject and value.flags.forc:
+                self.arrays.append(value)
+                self.copies.append(value.copy("K"))
+                self.before[name] = value
+            else:
+                self.before[name] = deepcopy(value)
+        self.sizes = [copy.nbytes for copy in self.copies]
+
+    cdef int put_back(self) except -1:
+        cdef View now, copy
+        cdef Py_ssize_t i
+        for i in range(len(self.arrays)):
+            view(<PyObject *>self.arrays[i], &now)
+            view(<PyObject *>self.copies[i], &copy)
+            if now.size == copy.size:  # not resized meanwhile
+                memcpy(now.data, copy.data, self.sizes[i])
+        PyDict_Clear(self.entry)
+        PyDict_Update(self.entry, self.before)
+        return 0
+
+
 cdef class ArrayWorkspace(Workspace):
     """The steps of one optimizer of Parameters."""
+
+    def step_by_update(self, optimizer, list grads):
+        """The step of an optimizer whose rule is its own method `update`; what that has changed is put back if it raises."""
+        cdef Kept kept
+        cdef list all_kept = []
+        self.begin(False)
+        try:
+            rows = optimizer._rows_to_update(grads)
+            for _group, p, _grad in rows:
+                all_kept.append(Kept(p.data, optimizer.state.setdefault(p, {})))
+            for (group, p, grad), kept in zip(rows, all_kept):
+                optimizer.update(p.data, grad, kept.entry, group)
+        except BaseException:
+            for kept in all_kept:
+                kept.put_back()
+            raise
+        finally:
+            self.end()
+            self.give_back()
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         param = <object>row.param

@@ -39,10 +39,10 @@ CHECKS: Mapping[str, Check] = {
 LATER: Mapping[str, Any] = {"maximize": False, "decoupled_weight_decay": False}
 
 
-def check_options(options: Mapping[str, Any], own: Mapping[str, Check]) -> None:
+def check_options(options: Mapping[str, Any], own: Mapping[str, Check], usual: Mapping[str, Check] = CHECKS) -> None:
     """Raise unless every option passes its check: the class's own, else the usual one of its name, if there is any."""
     for name, value in options.items():
-        check = own.get(name) or CHECKS.get(name)
+        check = own.get(name) or usual.get(name)
         if check is not None:
             check(name, value)
 

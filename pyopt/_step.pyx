@@ -382,10 +382,7 @@ cdef class Workspace:
                     if name is not None and self.holds(entry, name):
                         self.lacks(row, index, plan.first_name)
                         return 2
-            made = optimizer.new_state(<object>row.param, plan.options)
-            if not isinstance(made, dict):
-                raise TypeError(f"new_state returned a {type(made).__name__}, must return a dict")
-            hold(&row.made, made)
+            hold(&row.made, self.make_state(row, plan, optimizer))
             self.unsteady = True
         source = row.made if row.made != NULL else row.entry
         for j in range(self.n_counts):
@@ -684,6 +681,13 @@ cdef class Workspace:
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2:
         """How many steps the parameter has made."""
         raise NotImplementedError
+
+    cdef dict make_state(self, Row *row, Plan plan, optimizer):
+        """The state of a parameter before its first step."""
+        made = optimizer.new_state(<object>row.param, plan.options)
+        if not isinstance(made, dict):
+            raise TypeError(f"new_state returned a {type(made).__name__}, must return a dict")
+        return PyDict_Copy(made)
 
     cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1:
         """Take the arrays behind the state."""

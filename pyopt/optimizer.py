@@ -13,12 +13,12 @@ from pyopt._arrays import ArrayWorkspace
 from pyopt._engine import Rule
 from pyopt._groups import Group as Group
 from pyopt._groups import as_groups, as_parameters, check_keys, gradients_in_order
-from pyopt._options import LATER, check_declaration, check_options
+from pyopt._options import CHECKS, LATER, check_declaration, check_options
 from pyopt._state_dict import StateDict
 from pyopt.hooks import Hooked, Hooks, global_step_post_hooks, global_step_pre_hooks
 from pyopt.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from pyopt.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
-from pyopt.parameter import Parameter, apart_from, check_gradient, check_no_overlap, label, parameter_ranges
+from pyopt.parameter import Parameter, apart_from, check_data, check_gradient, check_no_overlap, label, parameter_ranges
 
 Grads = Iterable[Any] | Mapping[str, Any]
 
@@ -123,7 +123,9 @@ class Optimizer(Hooked):
     def check_group(self, group: Group) -> None:
         """Raise unless the keys and hyper-parameters of a group are valid; overriders call this first."""
         check_keys(group, self.defaults)
-        check_options({key: group[key] for key in self.defaults}, self.checks)
+        # In an optimizer of the user's own, only lr means what it usually does.
+        usual = CHECKS if self.rule is not None else {"lr": CHECKS["lr"]}
+        check_options({key: group[key] for key in self.defaults}, self.checks, usual)
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -164,13 +166,13 @@ class Optimizer(Hooked):
         if self.rule is not None:
             self._workspace.step(self, grads)
         else:
-            self._step_in_numpy(grads)
+            self._workspace.step_by_update(self, grads)
         if self._bare and grads is None and not any(p.grad is not None for g in self.param_groups for p in g["params"]):
             raise ValueError("no parameter has a gradient: for parameters passed as bare arrays, give step(grads=...)")
         return loss
 
-    def _step_in_numpy(self, grads: list[Any] | None) -> None:
-        """The step of an optimizer that overrides `update`."""
+    def _rows_to_update(self, grads: list[Any] | None) -> list[tuple[Group, Parameter, np.ndarray[Any, Any]]]:
+        """What `update` is called with, checked: per parameter that has a gradient its group, it, and the gradient."""
         rows = []
         for group in self.param_groups:
             self.check_group(group)
@@ -179,13 +181,11 @@ class Optimizer(Hooked):
         if grads is not None:
             rows = [(group, p, grad) for (group, p, _), grad in zip(rows, grads, strict=True)]
         ranges = check_no_overlap(parameter_ranges(p for _, p, _ in rows))
-        rows = [
-            (group, p, apart_from(ranges, check_gradient(label(i, p), p.data, grad)))
+        return [
+            (group, p, apart_from(ranges, check_gradient(label(i, p), check_data(label(i, p), p.data), grad)))
             for i, (group, p, grad) in enumerate(rows)
             if grad is not None
         ]
-        for group, p, grad in rows:
-            self.update(p.data, grad, self.state[p], group)
 
     def update(self, p: np.ndarray[Any, Any], g: np.ndarray[Any, Any], state: dict[str, Any], group: Group) -> None:
         """The rule of an optimizer in plain NumPy: change p and state in place; g is read only.

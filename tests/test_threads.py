@@ -264,6 +264,13 @@ def test_cgroup_quota(tmp_path: Path, cgroup: str, files: dict[str, str], expect
     assert threads.cgroup_quota(tmp_path) == expected
 
 
+@pytest.mark.parametrize("quota, most", [(0.5, 1), (1.9, 1), (None, 2**15)])
+def test_default_obeys_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float | None, most: int) -> None:
+    """Whole CPUs of it, and never none."""
+    monkeypatch.setattr(threads, "cgroup_quota", lambda: quota)
+    assert 1 <= threads.default_num_threads()[0] <= most
+
+
 def test_threadpoolctl_sees_and_limits() -> None:
     assert any(info["user_api"] == "openmp" for info in threadpoolctl.threadpool_info())
     with pyopt.num_threads(2):

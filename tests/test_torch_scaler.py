@@ -296,6 +296,7 @@ def test_interrupt_at_every_call_within_a_scalers_step() -> None:
             interrupted += 1
         finally:
             sys.settrace(before)
+            torch.set_grad_enabled(True)  # torch.no_grad() may have been interrupted on its way out
         if left > 0:
             break
         assert not hasattr(o, "grad_scale") and not hasattr(o, "found_inf")

@@ -62,6 +62,8 @@ cdef object parameter_type = Parameter
 cdef object is_neg = Tensor.is_neg
 cdef object is_inference = Tensor.is_inference
 cdef object increment_version = torch._C._increment_version  # not its wrapper in Python, which a signal could stop
+cdef object is_grad_enabled = torch.is_grad_enabled
+cdef object set_grad_enabled = torch._C._set_grad_enabled
 cdef bint takes_lists = True
 try:
     increment_version([])
@@ -307,6 +309,13 @@ cdef class TensorWorkspace(Workspace):
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
         return self.leave(row, index, f"its state has no {name!r}")
 
+    cdef dict make_state(self, Row *row, Plan plan, optimizer):
+        cdef bint recording = set_recording(False)
+        try:
+            return Workspace.make_state(self, row, plan, optimizer)
+        finally:
+            set_recording(recording)
+
     cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1:
         """Of a DTensor's state, the local tensors."""
         cdef int j
@@ -475,11 +484,16 @@ cdef class TensorWorkspace(Workspace):
     cdef int copy_gradient(self, Row *row, Py_ssize_t k) except -1:
         data = <object>row.data
         copy = None if self.copies is None else self.copies.get(k)
-        with torch.inference_mode(False), torch.no_grad():
+        cdef bint recording = set_recording(False)
+        guard = torch._C._InferenceMode(False)
+        try:
             if (copy is None or copy.shape != data.shape or copy.stride() != data.stride()
                     or copy.dtype != data.dtype):
                 copy = torch.empty_like(data, memory_format=torch.preserve_format)
             copy.copy_(<object>row.grad)
+        finally:
+            guard = None
+            set_recording(recording)
         if self.new_copies is None:
             self.new_copies = {}
         self.new_copies[k] = copy
@@ -541,6 +555,13 @@ cdef class TensorWorkspace(Workspace):
         self.left = self.layouts = None
         self.unsteady = False
         return Workspace.end(self)
+
+
+cdef bint set_recording(bint record) except -1:
+    """What torch.no_grad() does, with no line in Python that a signal could stop; returns what was set before."""
+    before = is_grad_enabled()
+    set_grad_enabled(record)
+    return before
 
 
 cdef double read(Row *row, int j) noexcept:

@@ -207,7 +207,6 @@ class Side:
         """Why a whole group is left to torch."""
         return next((f"{key}=True" for key in ("differentiable", "capturable") if group.get(key)), None)
 
-    @torch.no_grad()
     def new_state(self, p: torch.Tensor, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step, as torch makes it."""
         state: dict[str, Any] = {}
