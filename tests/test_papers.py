@@ -103,7 +103,7 @@ def adan(p: float, gradients: list[float], lr: float, weight_decay: float) -> Wa
 
 
 def ftrl(p: float, gradients: list[float], lr: float, l1: float, l2: float, beta: float) -> Walk:
-    """McMahan et al., equation 1: the argmin of g . w + sum of sigma_s / 2 * (w - w_s)**2 + l1 |w| + l2 / 2 * w**2, with
+    """McMahan et al., equation 1: argmin of g . w + sum of sigma / 2 * (w - w_s)**2 + l1 * abs(w) + l2 / 2 * w**2, with
     1 / eta_t = (beta + sqrt(0.1 + sum of g**2)) / lr for its learning rate; w_0 counts with 0.
 
     Keras' l2 is half of this; TensorFlow also knows other powers than the root, and a shrinkage. optax has none.

@@ -208,3 +208,62 @@ def test_threads_do_not_change_bits(case: Case, dtype: type, threads: int) -> No
 )
 def test_any_shapes_and_options(case: Case, dtype: type, shapes: list, steps: int, missing: float) -> None:
     check_against_oracle(case, parameters(shapes, dtype), steps, missing)
+
+
+WRONG_NAMES = {
+    "too few": ["exp_avg", "exp_avg_sq"],
+    "swapped": ["exp_avg_sq", "exp_avg", "max_exp_avg_sq"],
+    "too many": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "fourth"],
+    "unknown": ["exp_avg", "exp_avg_square", "max_exp_avg_sq"],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("names", WRONG_NAMES.values(), ids=WRONG_NAMES)
+def test_state_names_that_are_not_the_rules(names: list[str]) -> None:
+    """They are tied by their order alone: a mismatch would read and write other memory. Also where a class inherits."""
+    message = r"New: state_names is .*, must be those of the rule 'adam', in its order: \('exp_avg', 'exp_avg_sq', 'max"
+    with pytest.raises(TypeError, match=message):
+        type("New", (pyopt.Adam,), {"state_names": dict.fromkeys(names)})
+    body = {"rule": pyopt.Adam.rule, "state_names": dict.fromkeys(names), "__init__": lambda self, params: None}
+    with pytest.raises(TypeError, match=message):
+        type("New", (pyopt.Optimizer,), body)
+    type("New", (pyopt.Adam,), {"state_names": dict(pyopt.Adam.state_names)})
+
+
+def test_every_rule_names_its_states() -> None:
+    """Each class of the catalogue has a rule of its own name's sort, with names in the order of its streams."""
+    for case in BRIEF:
+        rule = case.optimizer.rule
+        assert rule is not None and tuple(case.optimizer.state_names) == rule.states and rule.name.isidentifier()
+
+
+@pytest.mark.parametrize("case", [c for c in BRIEF if c.optimizer.number_states], ids=str)
+def test_numbers_of_the_state_in_checkpoints(case: Case) -> None:
+    """Saved and loaded, they go on as if nothing had been; missing or no number, nothing is loaded."""
+    params, others = (parameters([7, (2, 3)], np.float32) for _ in range(2))
+    one, other = (case.optimizer(ps, **case.options) for ps in (params, others))
+    rng = np.random.default_rng(8)
+    for _ in range(3):
+        one.step(grads=gradients(params, rng))
+    for p, q in zip(params, others, strict=True):
+        q.data[...] = p.data
+    saved = one.state_dict()
+    other.load_state_dict(saved)
+    for optimizer, seed in ((one, 9), (other, 9)):
+        rng = np.random.default_rng(seed)
+        for _ in range(3):
+            optimizer.step(grads=gradients(params, rng))
+    for p, q in zip(params, others, strict=True):
+        assert_same_bits(p.data, q.data, str(case))
+    before = other.state_dict()
+    for name in case.optimizer.number_states:
+        for bad, error in ((np.nan, ValueError), ("1", TypeError), (None, (KeyError, TypeError))):
+            broken = one.state_dict()
+            broken["state"][1][name] = bad
+            with pytest.raises(error, match=f"parameter 1.*{name}"):
+                other.load_state_dict(broken)
+        del broken["state"][1][name]
+        with pytest.raises(KeyError, match=name):
+            other.load_state_dict(broken)
+    assert str(other.state_dict()) == str(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyopt._isa import kernels
@@ -20,7 +20,7 @@ class TrainEval:
     state: Any
 
     def add_param_group(self, param_group: Group) -> None:
-        if self.param_groups:  # in the mode of the others
+        if self.param_groups and isinstance(param_group, Mapping):  # in the mode of the others
             param_group = {"train_mode": self.param_groups[0]["train_mode"], **param_group}
         super().add_param_group(param_group)  # type: ignore[misc]
 
