@@ -217,11 +217,12 @@ class Side:
         if self.counts_steps:
             state["step"] = torch.zeros((), dtype=scalar_dtype)
         for name in self.number_states:
-            value = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
+            number = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
             is_torchs = hasattr(torch.optim, self.core.__name__)
-            state[name] = torch.tensor(value, dtype=scalar_dtype if is_torchs else torch.float64)
+            state[name] = torch.tensor(number, dtype=scalar_dtype if is_torchs else torch.float64)
         for name in filter(None, self.state_streams(group) or ()):
-            value = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
+            value: complex = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
+            value = complex(value, value) if p.is_complex() else value
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
         return state
 
