@@ -221,7 +221,7 @@ def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
     """Equal element by element in bits, so that 0.0 and -0.0 differ and NaNs count."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
     bits = f"u{actual.dtype.itemsize}"
-    wrong = np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)
+    wrong = (np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)).reshape(actual.shape)
     assert not wrong.any(), (
         f"{what}: {wrong.sum()} of {wrong.size} elements differ, the first at {np.argwhere(wrong)[0]}: "
         f"{actual[wrong].flat[0]!r}, must be {expected[wrong].flat[0]!r}"
