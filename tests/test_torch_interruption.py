@@ -187,15 +187,9 @@ def covered(optimizer: Any) -> dict[str, Any]:
 def assert_whole(optimizer: Any, make: Callable[[], Any], before: dict[str, Any], after: dict[str, Any]) -> str:
     """As before or as after the step, and the next ones are those of a twin that was not interrupted."""
     found = covered(optimizer)
-    assert found in (before, after), (
-        "half a step: "
-        + ", ".join(
-            key
-            for key in sorted({*found, *before, *after})
-            if found.get(key) != before.get(key) and found.get(key) != after.get(key)
-        )
-        + f"; moved: {[k for k in after if found.get(k) == after[k]]}, stayed: {[k for k in before if found.get(k) == before[k]]}"
-    )
+    moved = [key for key in after if found.get(key) == after[key] != before.get(key)]
+    stayed = [key for key in before if found.get(key) == before[key] != after.get(key)]
+    assert found in (before, after), f"half a step: {moved} moved, {stayed} stayed, of {sorted({*found, *after})}"
     which = "after" if found == after and before != after else "before"
     if which == "before":
         optimizer.step()
@@ -230,13 +224,13 @@ class Interrupter:
 
 
 class ByCall(Interrupter):
-    """Calls of Python's and of C's functions, and returns from them."""
+    """Calls of Python's and of C's functions."""
 
     def __enter__(self) -> None:
         sys.setprofile(self.event)
 
     def event(self, frame: Any, event: str, argument: Any) -> None:
-        if argument is not sys.setprofile:
+        if event.endswith("call") and argument is not sys.setprofile:
             self.count()
 
     def __exit__(self, *_: object) -> None:
@@ -324,38 +318,12 @@ def touching(base: Any, names: list[str]) -> Any:
     return type(f"Hostile{base.__name__}", (base,), {name: wrapped(name) for name in names})
 
 
-NUMBER = [
-    "__float__",
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "__mul__",
-    "__rmul__",
-    "__neg__",
-    "__hash__",
-    "__bool__",
-    "__rsub__",
-    "__sub__",
-    "__truediv__",
-]
-MAPPING = [
-    "__getitem__",
-    "get",
-    "__contains__",
-    "__setitem__",
-    "items",
-    "keys",
-    "values",
-    "__iter__",
-    "__len__",
-    "setdefault",
-]
-HostileFloat = touching(float, [n for n in NUMBER if hasattr(float, n)])
-HostileDict = touching(dict, MAPPING)
-HostileOrderedDict = touching(OrderedDict, MAPPING)
+NUMBER = ["float", "eq", "ne", "lt", "le", "gt", "ge", "mul", "rmul", "neg", "hash", "bool", "sub", "rsub", "truediv"]
+MAPPING = ["getitem", "contains", "setitem", "iter", "len"]
+METHODS = [*(f"__{name}__" for name in MAPPING), "get", "items", "keys", "values", "setdefault"]
+HostileFloat = touching(float, [f"__{name}__" for name in NUMBER])
+HostileDict = touching(dict, METHODS)
+HostileOrderedDict = touching(OrderedDict, METHODS)
 HostileList = touching(list, ["__getitem__", "__iter__", "__len__", "__contains__"])
 
 
@@ -430,7 +398,7 @@ class InsideStep(ByCall):
                 self.frame = frame
         elif event == "return" and frame is self.frame:
             self.frame = None
-        else:
+        elif event.endswith("call"):
             self.count()
 
 
