@@ -351,7 +351,7 @@ def roof_of(opt: pyopt.Optimizer, states: list[list[Array]]) -> Roof:
     params = opt.param_groups[0]["params"]
     roof = Roof(params, len(states[0]))
     for p, state in zip(params, states, strict=True):
-        roof.state[p] = dict(zip("stu", state, strict=False))
+        roof.state[p] = dict(zip("stuv", state, strict=False))
     return roof
 
 

@@ -15,11 +15,12 @@ class Roof(Optimizer):
     """Reads p, g and `states` arrays, writes p and the arrays; no value changes."""
 
     rule = kernels.roof
+    state_names = dict.fromkeys(rule.states)
     checks = {"states": count}
 
     def __init__(self, params: Iterable[Any], states: int) -> None:
-        self.state_names = dict.fromkeys(["s", "t", "u"][:states])
+        self.state_names = dict.fromkeys(self.rule.states[:states])
         super().__init__(params, {"states": states})
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
-        return {"scale": 0.0, "states": group["states"]}
+        return {"gradient_factor": 0.0, "states": group["states"]}

@@ -9,12 +9,25 @@ except ModuleNotFoundError as error:
     raise
 from pyopt.config import show_config as show_config
 from pyopt.optimizer import Optimizer as Optimizer
+from pyopt.optimizers import ADOPT as ADOPT
+from pyopt.optimizers import ASGD as ASGD
+from pyopt.optimizers import FTRL as FTRL
 from pyopt.optimizers import SGD as SGD
+from pyopt.optimizers import AdaBelief as AdaBelief
+from pyopt.optimizers import Adadelta as Adadelta
 from pyopt.optimizers import Adagrad as Adagrad
 from pyopt.optimizers import Adam as Adam
+from pyopt.optimizers import Adamax as Adamax
 from pyopt.optimizers import AdamW as AdamW
+from pyopt.optimizers import AdamWScheduleFree as AdamWScheduleFree
+from pyopt.optimizers import Adan as Adan
+from pyopt.optimizers import AdEMAMix as AdEMAMix
 from pyopt.optimizers import Lion as Lion
+from pyopt.optimizers import NAdam as NAdam
+from pyopt.optimizers import RAdam as RAdam
 from pyopt.optimizers import RMSprop as RMSprop
+from pyopt.optimizers import Rprop as Rprop
+from pyopt.optimizers import SGDScheduleFree as SGDScheduleFree
 from pyopt.parameter import Parameter as Parameter
 from pyopt.threads import get_num_threads as get_num_threads
 from pyopt.threads import num_threads as num_threads

@@ -12,11 +12,13 @@ from cpython.pythread cimport PyThread_get_thread_ident
 
 
 cdef class Rule:
-    """An update rule: its span for either element type and the packer of its numbers."""
+    """An update rule: the state behind each stream, its span for either element type, the packer of its numbers."""
 
     @staticmethod
-    cdef Rule make(Span32 span32, Span64 span64, Pack pack):
+    cdef Rule make(str name, tuple states, Span32 span32, Span64 span64, Pack pack):
         cdef Rule rule = Rule.__new__(Rule)
+        rule.name = name
+        rule.states = states
         rule.span32 = span32
         rule.span64 = span64
         rule.pack = pack
@@ -44,11 +46,11 @@ cdef void run_span(const Work *w, Py_ssize_t begin, Py_ssize_t end, const void *
     if w.is_double:
         for j in range(2 + STATES):
             d[j] = NULL if w.stream[j] == NULL else <double *>w.stream[j] + begin
-        w.span64(d[0], d[1], d[2], d[3], d[4], end - begin, numbers)
+        w.span64(d[0], d[1], d[2], d[3], d[4], d[5], end - begin, numbers)
     else:
         for j in range(2 + STATES):
             f[j] = NULL if w.stream[j] == NULL else <float *>w.stream[j] + begin
-        w.span32(f[0], f[1], f[2], f[3], f[4], end - begin, numbers)
+        w.span32(f[0], f[1], f[2], f[3], f[4], f[5], end - begin, numbers)
 
 
 cdef void run_part(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t begin,

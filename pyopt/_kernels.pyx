@@ -1,6 +1,7 @@
-# HOW a rule runs over a stretch of memory: per rule one span (a plain loop), its packer, and the Rule that joins them.
-# Cutting into parts, threads and buffers are the engine's. Every condition of a rule is constant over a span, so the
-# compiler makes one vectorised loop per combination of options; tests/test_object_code.py holds it to that.
+# HOW a rule runs over a stretch of memory: per rule one span (a plain loop), its packer, and the Rule that joins them
+# and names the state behind its streams. Cutting into parts, threads and buffers are the engine's. Every condition of a
+# rule is constant over a span, so the compiler makes one vectorised loop per combination of options;
+# tests/test_object_code.py holds it to that.
 
 from pyopt cimport _rules as rules
 from pyopt._engine cimport Rule
@@ -8,7 +9,7 @@ from pyopt._rules cimport floating
 
 
 cdef void sgd_span(floating *restrict p, const floating *restrict g, floating *restrict b, floating *restrict _1,
-                   floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+                   floating *restrict _2, floating *restrict _3, Py_ssize_t n, const void *scalars) noexcept nogil:
     cdef rules.SGD h = (<const rules.SGD *>scalars)[0]
     cdef Py_ssize_t i
     for i in range(n):
@@ -20,11 +21,11 @@ cdef int pack_sgd(dict scalars, void *out) except -1:
     return 0
 
 
-sgd = Rule.make(sgd_span[float], sgd_span[double], pack_sgd)
+sgd = Rule.make("sgd", ("momentum_buffer",), sgd_span[float], sgd_span[double], pack_sgd)
 
 
 cdef void lion_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict _1,
-                    floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+                    floating *restrict _2, floating *restrict _3, Py_ssize_t n, const void *scalars) noexcept nogil:
     cdef rules.Lion h = (<const rules.Lion *>scalars)[0]
     cdef Py_ssize_t i
     for i in range(n):
@@ -36,11 +37,12 @@ cdef int pack_lion(dict scalars, void *out) except -1:
     return 0
 
 
-lion = Rule.make(lion_span[float], lion_span[double], pack_lion)
+lion = Rule.make("lion", ("exp_avg",), lion_span[float], lion_span[double], pack_lion)
 
 
 cdef void adagrad_span(floating *restrict p, const floating *restrict g, floating *restrict s, floating *restrict _1,
-                       floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+                       floating *restrict _2, floating *restrict _3, Py_ssize_t n,
+                       const void *scalars) noexcept nogil:
     cdef rules.Adagrad h = (<const rules.Adagrad *>scalars)[0]
     cdef Py_ssize_t i
     for i in range(n):
@@ -52,11 +54,62 @@ cdef int pack_adagrad(dict scalars, void *out) except -1:
     return 0
 
 
-adagrad = Rule.make(adagrad_span[float], adagrad_span[double], pack_adagrad)
+adagrad = Rule.make("adagrad", ("sum",), adagrad_span[float], adagrad_span[double], pack_adagrad)
+
+
+cdef void asgd_span(floating *restrict p, const floating *restrict g, floating *restrict ax, floating *restrict _1,
+                    floating *restrict _2, floating *restrict _3, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.ASGD h = (<const rules.ASGD *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.asgd(p[i], g[i], &ax[i], &h)
+
+
+cdef int pack_asgd(dict scalars, void *out) except -1:
+    (<rules.ASGD *>out)[0] = scalars
+    return 0
+
+
+asgd = Rule.make("asgd", ("ax",), asgd_span[float], asgd_span[double], pack_asgd)
+
+
+cdef void rprop_span(floating *restrict p, const floating *restrict g, floating *restrict previous,
+                     floating *restrict step_size, floating *restrict _1, floating *restrict _2, Py_ssize_t n,
+                     const void *scalars) noexcept nogil:
+    cdef rules.Rprop h = (<const rules.Rprop *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.rprop(p[i], g[i], &previous[i], &step_size[i], &h)
+
+
+cdef int pack_rprop(dict scalars, void *out) except -1:
+    (<rules.Rprop *>out)[0] = scalars
+    return 0
+
+
+rprop = Rule.make("rprop", ("prev", "step_size"), rprop_span[float], rprop_span[double], pack_rprop)
+
+
+cdef void adadelta_span(floating *restrict p, const floating *restrict g, floating *restrict s, floating *restrict a,
+                        floating *restrict _1, floating *restrict _2, Py_ssize_t n,
+                        const void *scalars) noexcept nogil:
+    cdef rules.Adadelta h = (<const rules.Adadelta *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.adadelta(p[i], g[i], &s[i], &a[i], &h)
+
+
+cdef int pack_adadelta(dict scalars, void *out) except -1:
+    (<rules.Adadelta *>out)[0] = scalars
+    return 0
+
+
+adadelta = Rule.make("adadelta", ("square_avg", "acc_delta"),
+                     adadelta_span[float], adadelta_span[double], pack_adadelta)
 
 
 cdef void rmsprop_span(floating *restrict p, const floating *restrict g, floating *restrict s, floating *restrict b,
-                       floating *restrict a, Py_ssize_t n, const void *scalars) noexcept nogil:
+                       floating *restrict a, floating *restrict _1, Py_ssize_t n, const void *scalars) noexcept nogil:
     cdef rules.RMSprop h = (<const rules.RMSprop *>scalars)[0]
     cdef Py_ssize_t i
     for i in range(n):
@@ -68,11 +121,29 @@ cdef int pack_rmsprop(dict scalars, void *out) except -1:
     return 0
 
 
-rmsprop = Rule.make(rmsprop_span[float], rmsprop_span[double], pack_rmsprop)
+rmsprop = Rule.make("rmsprop", ("square_avg", "momentum_buffer", "grad_avg"),
+                    rmsprop_span[float], rmsprop_span[double], pack_rmsprop)
+
+
+cdef void adamax_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict u,
+                      floating *restrict _1, floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.Adamax h = (<const rules.Adamax *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.adamax(p[i], g[i], &m[i], &u[i], &h)
+
+
+cdef int pack_adamax(dict scalars, void *out) except -1:
+    (<rules.Adamax *>out)[0] = scalars
+    return 0
+
+
+adamax = Rule.make("adamax", ("exp_avg", "exp_inf"), adamax_span[float], adamax_span[double], pack_adamax)
 
 
 cdef void adam_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
-                    floating *restrict v_max, Py_ssize_t n, const void *scalars) noexcept nogil:
+                    floating *restrict v_max, floating *restrict _1, Py_ssize_t n,
+                    const void *scalars) noexcept nogil:
     cdef rules.Adam h = (<const rules.Adam *>scalars)[0]
     cdef Py_ssize_t i
     for i in range(n):
@@ -84,15 +155,188 @@ cdef int pack_adam(dict scalars, void *out) except -1:
     return 0
 
 
-adam = Rule.make(adam_span[float], adam_span[double], pack_adam)
+adam = Rule.make("adam", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), adam_span[float], adam_span[double], pack_adam)
+
+
+cdef void adabelief_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict s,
+                         floating *restrict _1, floating *restrict _2, Py_ssize_t n,
+                         const void *scalars) noexcept nogil:
+    cdef rules.AdaBelief h = (<const rules.AdaBelief *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.adabelief(p[i], g[i], &m[i], &s[i], &h)
+
+
+cdef int pack_adabelief(dict scalars, void *out) except -1:
+    (<rules.AdaBelief *>out)[0] = scalars
+    return 0
+
+
+adabelief = Rule.make("adabelief", ("exp_avg", "exp_avg_var"),
+                      adabelief_span[float], adabelief_span[double], pack_adabelief)
+
+
+cdef void radam_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                     floating *restrict _1, floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.RAdam h = (<const rules.RAdam *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.radam(p[i], g[i], &m[i], &v[i], &h)
+
+
+cdef int pack_radam(dict scalars, void *out) except -1:
+    (<rules.RAdam *>out)[0] = scalars
+    return 0
+
+
+radam = Rule.make("radam", ("exp_avg", "exp_avg_sq"), radam_span[float], radam_span[double], pack_radam)
+
+
+cdef void nadam_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                     floating *restrict _1, floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.NAdam h = (<const rules.NAdam *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.nadam(p[i], g[i], &m[i], &v[i], &h)
+
+
+cdef int pack_nadam(dict scalars, void *out) except -1:
+    (<rules.NAdam *>out)[0] = scalars
+    return 0
+
+
+nadam = Rule.make("nadam", ("exp_avg", "exp_avg_sq"), nadam_span[float], nadam_span[double], pack_nadam)
+
+
+cdef void adopt_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                     floating *restrict _1, floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.ADOPT h = (<const rules.ADOPT *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.adopt(p[i], g[i], &m[i], &v[i], &h)
+
+
+cdef int pack_adopt(dict scalars, void *out) except -1:
+    (<rules.ADOPT *>out)[0] = scalars
+    return 0
+
+
+adopt = Rule.make("adopt", ("exp_avg", "exp_avg_sq"), adopt_span[float], adopt_span[double], pack_adopt)
+
+
+cdef void ademamix_span(floating *restrict p, const floating *restrict g, floating *restrict m1,
+                        floating *restrict m2, floating *restrict v, floating *restrict _1, Py_ssize_t n,
+                        const void *scalars) noexcept nogil:
+    cdef rules.AdEMAMix h = (<const rules.AdEMAMix *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.ademamix(p[i], g[i], &m1[i], &m2[i], &v[i], &h)
+
+
+cdef int pack_ademamix(dict scalars, void *out) except -1:
+    (<rules.AdEMAMix *>out)[0] = scalars
+    return 0
+
+
+ademamix = Rule.make("ademamix", ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
+                     ademamix_span[float], ademamix_span[double], pack_ademamix)
+
+
+cdef void adan_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict u,
+                    floating *restrict n, floating *restrict previous, Py_ssize_t n_elements,
+                    const void *scalars) noexcept nogil:
+    cdef rules.Adan h = (<const rules.Adan *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n_elements):
+        p[i] = rules.adan(p[i], g[i], &m[i], &u[i], &n[i], &previous[i], &h)
+
+
+cdef int pack_adan(dict scalars, void *out) except -1:
+    (<rules.Adan *>out)[0] = scalars
+    return 0
+
+
+adan = Rule.make("adan", ("exp_avg", "exp_avg_diff", "exp_avg_sq", "pre_grad"),
+                 adan_span[float], adan_span[double], pack_adan)
+
+
+cdef void ftrl_span(floating *restrict p, const floating *restrict g, floating *restrict z, floating *restrict n,
+                    floating *restrict _1, floating *restrict _2, Py_ssize_t n_elements,
+                    const void *scalars) noexcept nogil:
+    cdef rules.FTRL h = (<const rules.FTRL *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n_elements):
+        p[i] = rules.ftrl(p[i], g[i], &z[i], &n[i], &h)
+
+
+cdef int pack_ftrl(dict scalars, void *out) except -1:
+    (<rules.FTRL *>out)[0] = scalars
+    return 0
+
+
+ftrl = Rule.make("ftrl", ("z", "n"), ftrl_span[float], ftrl_span[double], pack_ftrl)
+
+
+cdef void sgd_schedule_free_span(floating *restrict p, const floating *restrict g, floating *restrict z,
+                                 floating *restrict _1, floating *restrict _2, floating *restrict _3, Py_ssize_t n,
+                                 const void *scalars) noexcept nogil:
+    cdef rules.SGDScheduleFree h = (<const rules.SGDScheduleFree *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.sgd_schedule_free(p[i], g[i], &z[i], &h)
+
+
+cdef int pack_sgd_schedule_free(dict scalars, void *out) except -1:
+    (<rules.SGDScheduleFree *>out)[0] = scalars
+    return 0
+
+
+sgd_schedule_free = Rule.make("sgd_schedule_free", ("z",),
+                              sgd_schedule_free_span[float], sgd_schedule_free_span[double], pack_sgd_schedule_free)
+
+
+cdef void adamw_schedule_free_span(floating *restrict p, const floating *restrict g, floating *restrict z,
+                                   floating *restrict v, floating *restrict _1, floating *restrict _2, Py_ssize_t n,
+                                   const void *scalars) noexcept nogil:
+    cdef rules.AdamWScheduleFree h = (<const rules.AdamWScheduleFree *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.adamw_schedule_free(p[i], g[i], &z[i], &v[i], &h)
+
+
+cdef int pack_adamw_schedule_free(dict scalars, void *out) except -1:
+    (<rules.AdamWScheduleFree *>out)[0] = scalars
+    return 0
+
+
+adamw_schedule_free = Rule.make("adamw_schedule_free", ("z", "exp_avg_sq"), adamw_schedule_free_span[float],
+                                adamw_schedule_free_span[double], pack_adamw_schedule_free)
+
+
+cdef void interpolation_span(floating *restrict p, const floating *restrict z, floating *restrict _1,
+                             floating *restrict _2, floating *restrict _3, floating *restrict _4, Py_ssize_t n,
+                             const void *scalars) noexcept nogil:
+    cdef rules.Interpolation h = (<const rules.Interpolation *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.interpolation(p[i], z[i], &h)
+
+
+cdef int pack_interpolation(dict scalars, void *out) except -1:
+    (<rules.Interpolation *>out)[0] = scalars
+    return 0
+
+
+interpolation = Rule.make("interpolation", (),
+                          interpolation_span[float], interpolation_span[double], pack_interpolation)
 
 
 cdef void roof_span(floating *restrict p, const floating *restrict g, floating *restrict s, floating *restrict t,
-                    floating *restrict u, Py_ssize_t n, const void *scalars) noexcept nogil:
+                    floating *restrict u, floating *restrict v, Py_ssize_t n, const void *scalars) noexcept nogil:
     cdef rules.Roof h = (<const rules.Roof *>scalars)[0]
     cdef Py_ssize_t i
     for i in range(n):
-        p[i] = rules.roof(p[i], g[i], &s[i], &t[i], &u[i], &h)
+        p[i] = rules.roof(p[i], g[i], &s[i], &t[i], &u[i], &v[i], &h)
 
 
 cdef int pack_roof(dict scalars, void *out) except -1:
@@ -100,4 +344,4 @@ cdef int pack_roof(dict scalars, void *out) except -1:
     return 0
 
 
-roof = Rule.make(roof_span[float], roof_span[double], pack_roof)
+roof = Rule.make("roof", ("s", "t", "u", "v"), roof_span[float], roof_span[double], pack_roof)

@@ -3,9 +3,10 @@
 #
 # The numbers of a rule come in double, one struct for both element types; `<floating>` rounds each of them once, and
 # the compiler moves that out of the loop, as it does every condition on the struct (one loop per combination).
-# Every operation is a single IEEE one, in the order of torch.optim: see the notes on bits in the README.
+# Every operation is a single IEEE one, in the order of torch.optim, but that a division by a number of the step is a
+# multiplication by its reciprocal, taken in double: see the notes on bits in the README.
 
-from libc.math cimport sqrt, sqrtf
+from libc.math cimport fabs, fabsf, sqrt, sqrtf
 
 ctypedef fused floating:
     float
@@ -21,6 +22,24 @@ cdef inline floating root(floating x) noexcept nogil:
         return sqrt(x)
 
 
+cdef inline floating magnitude(floating x) noexcept nogil:
+    if floating is float:
+        return fabsf(x)
+    else:
+        return fabs(x)
+
+
+cdef inline floating sign(floating x) noexcept nogil:
+    """1, -1 or 0; NaN of NaN, which must not vanish."""
+    return 1 if x > 0 else (-1 if x < 0 else x - x)
+
+
+cdef inline floating larger(floating a, floating b) noexcept nogil:
+    """The larger of two; NaN if either is."""
+    cdef floating c = a if a >= b else b
+    return c if a == a else a
+
+
 cdef inline floating lerp(floating a, floating b, double weight) noexcept nogil:
     """a moved towards b; measured from the nearer end, so that weight 1 gives b exactly."""
     cdef floating w = <floating>weight
@@ -28,6 +47,11 @@ cdef inline floating lerp(floating a, floating b, double weight) noexcept nogil:
     if w < 0.5:
         return a + w * (b - a)
     return b - rest * (b - a)
+
+
+cdef inline floating mean_square(floating v, floating g, double beta, double weight) noexcept nogil:
+    """The moving mean of squares after one more g; weight = 1 - beta."""
+    return v * <floating>beta + <floating>weight * g * g
 
 
 cdef inline floating l2(floating g, floating p, double weight_decay) noexcept nogil:
@@ -38,49 +62,87 @@ cdef inline floating l2(floating g, floating p, double weight_decay) noexcept no
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
-# scale is the factor of the gradient: -1 to maximize, 1 / loss scale. decay is the factor 1 - lr * weight_decay where
-# the decay is decoupled, else 1.
+# gradient_factor is -1 to maximize, times 1 / loss scale. decay_factor is 1 - lr * weight_decay where the decay is
+# decoupled, else 1. weight = 1 - beta, by the number of the beta.
 
 ctypedef struct SGD:
-    double lr, momentum, undamped, weight_decay, scale  # undamped = 1 - dampening
+    double lr, momentum, one_minus_dampening, weight_decay, gradient_factor
     bint nesterov, first
 
 cdef inline floating sgd(floating p, floating g, floating* b, const SGD* h) noexcept nogil:
-    g = l2(<floating>h.scale * g, p, h.weight_decay)
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
     if h.momentum != 0:
-        b[0] = g if h.first else b[0] * <floating>h.momentum + <floating>h.undamped * g
+        b[0] = g if h.first else b[0] * <floating>h.momentum + <floating>h.one_minus_dampening * g
         g = g + <floating>h.momentum * b[0] if h.nesterov else b[0]
     return p - <floating>h.lr * g
 
 
 ctypedef struct Lion:
-    double lr, beta1, weight1, weight2, beta2, decay, scale  # weight = 1 - beta
+    double lr, beta1, weight1, weight2, beta2, decay_factor, gradient_factor
 
 cdef inline floating lion(floating p, floating g, floating* m, const Lion* h) noexcept nogil:
-    g = <floating>h.scale * g
+    g = <floating>h.gradient_factor * g
     cdef floating c = <floating>h.beta1 * m[0] + <floating>h.weight1 * g
     m[0] = <floating>h.beta2 * m[0] + <floating>h.weight2 * g
-    cdef floating direction = 1 if c > 0 else (-1 if c < 0 else c)  # c itself: 0, or NaN, which must not vanish
-    return p * <floating>h.decay - <floating>h.lr * direction
+    return p * <floating>h.decay_factor - <floating>h.lr * sign(c)
 
 
 ctypedef struct Adagrad:
-    double lr, weight_decay, eps, scale
+    double lr, weight_decay, eps, gradient_factor
 
 cdef inline floating adagrad(floating p, floating g, floating* s, const Adagrad* h) noexcept nogil:
-    g = l2(<floating>h.scale * g, p, h.weight_decay)
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
     s[0] = s[0] + g * g
     return p - <floating>h.lr * g / (root(s[0]) + <floating>h.eps)
 
 
+ctypedef struct ASGD:
+    double step_size, weight, weight_decay, decay_factor, gradient_factor  # decay_factor = 1 - lambd * eta
+    bint averages  # whether the weight, mu, is not 1
+
+cdef inline floating asgd(floating p, floating g, floating* ax, const ASGD* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    p = p * <floating>h.decay_factor - <floating>h.step_size * g
+    ax[0] = ax[0] + <floating>h.weight * (p - ax[0]) if h.averages else p
+    return p
+
+
+ctypedef struct Rprop:
+    double eta_minus, eta_plus, smallest, largest, gradient_factor
+
+cdef inline floating rprop(floating p, floating g, floating* previous, floating* step_size,
+                           const Rprop* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    cdef floating c = g * previous[0]
+    cdef floating eta = <floating>h.eta_plus if c > 0 else (<floating>h.eta_minus if c < 0 else 1)
+    cdef floating d = step_size[0] * eta
+    d = <floating>h.smallest if d < <floating>h.smallest else d
+    d = <floating>h.largest if d > <floating>h.largest else d
+    g = 0 if c < 0 else g
+    step_size[0] = d
+    previous[0] = g
+    return p - sign(g) * d
+
+
+ctypedef struct Adadelta:
+    double lr, rho, weight, eps, weight_decay, gradient_factor  # weight = 1 - rho
+
+cdef inline floating adadelta(floating p, floating g, floating* s, floating* a, const Adadelta* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    s[0] = mean_square(s[0], g, h.rho, h.weight)
+    cdef floating d = root(a[0] + <floating>h.eps) / root(s[0] + <floating>h.eps) * g
+    a[0] = mean_square(a[0], d, h.rho, h.weight)
+    return p - <floating>h.lr * d
+
+
 ctypedef struct RMSprop:
-    double lr, alpha, weight, momentum, weight_decay, eps, scale  # weight = 1 - alpha
+    double lr, alpha, weight, momentum, weight_decay, eps, gradient_factor  # weight = 1 - alpha
     bint centered
 
 cdef inline floating rmsprop(floating p, floating g, floating* s, floating* b, floating* a,
                              const RMSprop* h) noexcept nogil:
-    g = l2(<floating>h.scale * g, p, h.weight_decay)
-    s[0] = s[0] * <floating>h.alpha + <floating>h.weight * g * g
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    s[0] = mean_square(s[0], g, h.alpha, h.weight)
     cdef floating d = s[0]
     if h.centered:
         a[0] = lerp(a[0], g, h.weight)
@@ -92,37 +154,192 @@ cdef inline floating rmsprop(floating p, floating g, floating* s, floating* b, f
     return p - <floating>h.lr * g / d
 
 
+# Of the rules below, step_size = lr / (1 - beta1**t) and bias_correction = 1 - beta**t, by the number of the beta.
+
+ctypedef struct Adamax:
+    double step_size, weight1, beta2, eps, weight_decay, gradient_factor
+
+cdef inline floating adamax(floating p, floating g, floating* m, floating* u, const Adamax* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    m[0] = lerp(m[0], g, h.weight1)
+    u[0] = larger(u[0] * <floating>h.beta2, magnitude(g) + <floating>h.eps)
+    return p - <floating>h.step_size * m[0] / u[0]
+
+
 ctypedef struct Adam:
-    double step_size, weight1, beta2, weight2, bias2, eps, weight_decay, decay, scale
-    bint amsgrad  # weight = 1 - beta; step_size = lr / (1 - beta1**t); bias2 = sqrt(1 - beta2**t)
+    double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
+    double gradient_factor
+    bint amsgrad
 
 cdef inline floating adam(floating p, floating g, floating* m, floating* v, floating* v_max,
                           const Adam* h) noexcept nogil:
-    g = l2(<floating>h.scale * g, p, h.weight_decay)
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
     m[0] = lerp(m[0], g, h.weight1)
-    v[0] = v[0] * <floating>h.beta2 + <floating>h.weight2 * g * g
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
     cdef floating u = v[0]
     if h.amsgrad:
-        u = v_max[0] if v_max[0] >= u else u  # a NaN in v shows,
-        u = v_max[0] = u if v_max[0] == v_max[0] else v_max[0]  # and one in v_max
-    cdef floating d = root(u) / <floating>h.bias2 + <floating>h.eps
-    return p * <floating>h.decay - <floating>h.step_size * m[0] / d
+        u = v_max[0] = larger(v_max[0], u)
+    cdef floating d = root(u) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
+    return p * <floating>h.decay_factor - <floating>h.step_size * m[0] / d
+
+
+ctypedef struct AdaBelief:
+    double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
+    double gradient_factor
+
+cdef inline floating adabelief(floating p, floating g, floating* m, floating* s, const AdaBelief* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    m[0] = lerp(m[0], g, h.weight1)
+    s[0] = mean_square(s[0], g - m[0], h.beta2, h.weight2) + <floating>h.eps
+    cdef floating d = root(s[0]) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
+    return p * <floating>h.decay_factor - <floating>h.step_size * m[0] / d
+
+
+ctypedef struct RAdam:
+    double step_size, weight1, beta2, weight2, eps, weight_decay, decay_factor, gradient_factor
+    bint rectified  # step_size holds the rectification too
+
+cdef inline floating radam(floating p, floating g, floating* m, floating* v, const RAdam* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    m[0] = lerp(m[0], g, h.weight1)
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    cdef floating u = <floating>h.step_size * m[0]
+    if h.rectified:
+        u = u / (root(v[0]) + <floating>h.eps)
+    return p * <floating>h.decay_factor - u
+
+
+ctypedef struct NAdam:
+    double gradient_step_size, step_size, weight1, beta2, weight2, inverse_bias_correction2, eps, weight_decay
+    double decay_factor, gradient_factor
+
+cdef inline floating nadam(floating p, floating g, floating* m, floating* v, const NAdam* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    m[0] = lerp(m[0], g, h.weight1)
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    cdef floating d = root(v[0] * <floating>h.inverse_bias_correction2) + <floating>h.eps
+    cdef floating u = <floating>h.gradient_step_size * g + <floating>h.step_size * m[0]
+    return p * <floating>h.decay_factor - u / d
+
+
+ctypedef struct ADOPT:
+    double lr, weight1, beta2, weight2, eps, clip, weight_decay, decay_factor, gradient_factor
+    bint first
+
+cdef inline floating adopt(floating p, floating g, floating* m, floating* v, const ADOPT* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    if h.first:
+        v[0] = g * g
+        return p
+    cdef floating d = root(v[0])
+    cdef floating c = g / (<floating>h.eps if d < <floating>h.eps else d)
+    c = <floating>h.clip if c > <floating>h.clip else c
+    c = -<floating>h.clip if c < -<floating>h.clip else c
+    m[0] = lerp(m[0], c, h.weight1)
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    return p * <floating>h.decay_factor - <floating>h.lr * m[0]
+
+
+ctypedef struct AdEMAMix:
+    double step_size, slow_step_size, weight1, beta2, weight2, weight3, inverse_sqrt_bias_correction2, eps
+    double decay_factor, gradient_factor
+
+cdef inline floating ademamix(floating p, floating g, floating* m1, floating* m2, floating* v,
+                              const AdEMAMix* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    m1[0] = lerp(m1[0], g, h.weight1)
+    m2[0] = lerp(m2[0], g, h.weight3)
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    cdef floating d = root(v[0]) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
+    cdef floating u = <floating>h.step_size * m1[0] + <floating>h.slow_step_size * m2[0]
+    return p * <floating>h.decay_factor - u / d
+
+
+ctypedef struct Adan:
+    double step_size, difference_step_size, weight1, beta2, weight2, beta3, weight3, inverse_sqrt_bias_correction3
+    double eps, decay_factor, gradient_factor  # decay_factor = 1 / (1 + lr * weight_decay)
+    bint first
+
+cdef inline floating adan(floating p, floating g, floating* m, floating* u, floating* n, floating* previous,
+                          const Adan* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    cdef floating change = 0 if h.first else g - previous[0]
+    previous[0] = g
+    m[0] = lerp(m[0], g, h.weight1)
+    u[0] = lerp(u[0], change, h.weight2)
+    n[0] = mean_square(n[0], g + <floating>h.beta2 * change, h.beta3, h.weight3)
+    cdef floating d = root(n[0]) * <floating>h.inverse_sqrt_bias_correction3 + <floating>h.eps
+    p = p - (<floating>h.step_size * m[0] + <floating>h.difference_step_size * u[0]) / d
+    return p * <floating>h.decay_factor
+
+
+ctypedef struct FTRL:
+    double inverse_lr, l1, ridge, gradient_factor  # ridge = beta / lr + l2
+
+cdef inline floating ftrl(floating p, floating g, floating* z, floating* n, const FTRL* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    cdef floating before = root(n[0])
+    n[0] = n[0] + g * g
+    cdef floating after = root(n[0])
+    z[0] = z[0] + (g - (after - before) * <floating>h.inverse_lr * p)
+    cdef floating w = (sign(z[0]) * <floating>h.l1 - z[0]) / (after * <floating>h.inverse_lr + <floating>h.ridge)
+    return 0 if magnitude(z[0]) <= <floating>h.l1 else w
+
+
+# Schedule-free: p is y, where the gradients are taken; the average x follows from y and z. y_step_size =
+# lr * (beta * (1 - c) - 1), c the weight of this step in the average.
+
+ctypedef struct SGDScheduleFree:
+    double lr, y_step_size, c, weight_decay, gradient_factor
+    bint first
+
+cdef inline floating sgd_schedule_free(floating p, floating g, floating* z,
+                                       const SGDScheduleFree* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    cdef floating from_z = p if h.first else z[0]
+    z[0] = from_z - <floating>h.lr * g
+    return lerp(p, from_z, h.c) + <floating>h.y_step_size * g
+
+
+ctypedef struct AdamWScheduleFree:
+    double lr, y_step_size, c, beta2, weight2, inverse_bias_correction2, eps, weight_decay, gradient_factor
+    bint first
+
+cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, floating* v,
+                                         const AdamWScheduleFree* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    cdef floating d = root(v[0] * <floating>h.inverse_bias_correction2) + <floating>h.eps
+    g = l2(g / d, p, h.weight_decay)
+    cdef floating from_z = p if h.first else z[0]
+    z[0] = from_z - <floating>h.lr * g
+    return lerp(p, from_z, h.c) + <floating>h.y_step_size * g
+
+
+# The passage between y and x: p moved along the line through z, which comes in the place of the gradient.
+ctypedef struct Interpolation:
+    double weight, gradient_factor
+
+cdef inline floating interpolation(floating p, floating z, const Interpolation* h) noexcept nogil:
+    return p + <floating>h.weight * (<floating>h.gradient_factor * z - p)
 
 
 # --- the roof ---------------------------------------------------------------------------------------------------------
 # No optimizer: it reads and writes the streams of one with next to no arithmetic, for bench/ to measure against.
 
 ctypedef struct Roof:
-    double scale
+    double gradient_factor
     int states
 
-cdef inline floating roof(floating p, floating g, floating* s, floating* t, floating* u,
+cdef inline floating roof(floating p, floating g, floating* s, floating* t, floating* u, floating* v,
                           const Roof* h) noexcept nogil:
-    cdef floating d = <floating>h.scale * g
+    cdef floating d = <floating>h.gradient_factor * g
     if h.states > 0:
         s[0] = s[0] + d
     if h.states > 1:
         t[0] = t[0] + d
     if h.states > 2:
         u[0] = u[0] + d
+    if h.states > 3:
+        v[0] = v[0] + d
     return p + d

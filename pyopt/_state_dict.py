@@ -13,7 +13,7 @@ import numpy as np
 
 from pyopt._groups import Group
 from pyopt._options import CHECKS
-from pyopt.checks import count
+from pyopt.checks import count, number
 from pyopt.parameter import (
     Parameter,
     apart_from,
@@ -218,15 +218,17 @@ def _checked_states(
 
 def _check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, group: Group) -> None:
     """Raise unless an entry is one that the optimizer could have made for the parameter, with the user's own beside."""
-    known = {*optimizer.state_names, *(("step",) if optimizer.counts_steps else ())}
+    numbers = (*(("step",) if optimizer.counts_steps else ()), *optimizer.number_states)
+    known = {*optimizer.state_names, *numbers}
     if entry and not known & entry.keys():  # the user's own alone, from before the first step
         return
-    if optimizer.counts_steps:
-        if "step" not in entry:
-            raise KeyError(f"{what}: state_dict has no 'step', only {sorted(map(str, entry))}")
-        entry["step"] = _count(f"{what}: state_dict: step", entry["step"])
+    for name in numbers:
+        if name not in entry:
+            raise KeyError(f"{what}: state_dict has no {name!r}, only {sorted(map(str, entry))}")
+        check = _count if name == "step" else _float
+        entry[name] = check(f"{what}: state_dict: {name}", entry[name])
     needed = set(filter(None, optimizer.state_streams(group)))
-    for name in (known - {"step"}) & (needed | entry.keys()):
+    for name in (known - set(numbers)) & (needed | entry.keys()):
         check_state_values(what, name, entry, p.data)
 
 
@@ -240,6 +242,13 @@ def _count(what: str, value: Any) -> int:
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace(repr(step), repr(value), 1)) from None
     return int(step)
+
+
+def _float(what: str, value: Any) -> float:
+    """A number of the state."""
+    value = natural(value)
+    number(what, value)
+    return float(value)
 
 
 def _reusable(

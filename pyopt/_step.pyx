@@ -434,7 +434,7 @@ cdef class Workspace:
             options = {**options, **numbers}
         scalars = optimizer.scalars(options, step)
         if self.gradient_factor != 1:
-            scalars = {**scalars, "scale": scalars["scale"] * self.gradient_factor}
+            scalars = {**scalars, "gradient_factor": scalars["gradient_factor"] * self.gradient_factor}
         while PyDict_Next(scalars, &position, &key, &value):
             x = <object>value
             if not plan.finite:  # torch takes inf and NaN in a group, and they show in the result

@@ -42,6 +42,11 @@ def non_negative(name: str, value: Any) -> None:
     number(name, value, 0)
 
 
+def positive(name: str, value: Any) -> None:
+    """A finite number > 0."""
+    number(name, value, above=0)
+
+
 def fraction(name: str, value: Any) -> None:
     """A number from 0 to 1, both allowed."""
     number(name, value, 0, 1)
@@ -57,6 +62,14 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
 def betas(name: str, value: Any) -> None:
     """A pair of numbers >= 0 and < 1."""
     for i, beta in enumerate(pair(name, value)):
+        number(f"{name}[{i}]", beta, 0, below=1)
+
+
+def triple_of_betas(name: str, value: Any) -> None:
+    """Three numbers >= 0 and < 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise TypeError(f"{name} == {value!r}, must be three numbers")
+    for i, beta in enumerate(value):
         number(f"{name}[{i}]", beta, 0, below=1)
 
 
@@ -80,6 +93,12 @@ def count(name: str, value: Any) -> None:
         raise TypeError(f"{name} == {value!r}, must be an int, not {type(value).__name__}")
     if not 0 <= int(value) <= 2**52:
         raise ValueError(f"{name} == {value!r}, must be >= 0 and <= 2**52")
+
+
+def warmup(name: str, value: Any) -> None:
+    """A number of steps, > 0, or None."""
+    if value is not None:
+        number(name, value, above=0)
 
 
 def flag(name: str, value: Any) -> None:

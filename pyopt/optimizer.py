@@ -55,10 +55,10 @@ class Optimizer(Hooked):
     rule: ClassVar[Rule | None] = None
     # State arrays in the order of the rule's streams, each with the option that needs it (None: always needed).
     state_names: ClassVar[Mapping[str, str | None]] = {}
+    # Further numbers that the state keeps per parameter beside "step": see `next_numbers`.
+    number_states: ClassVar[tuple[str, ...]] = ()
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
-    # Further numbers that the state keeps per parameter, and what each is at first.
-    number_states: ClassVar[tuple[str, ...]] = ()
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Options that checkpoints of older torch lack, and what they mean there.
@@ -68,6 +68,11 @@ class Optimizer(Hooked):
         super().__init_subclass__(**kwargs)
         if vars(cls).get("rule") is not None:
             check_declaration(cls, cls.checks)
+        if cls.rule is not None and tuple(cls.state_names) != cls.rule.states:  # they are tied by their order
+            raise TypeError(
+                f"{cls.__name__}: state_names is {tuple(cls.state_names)}, must be those of the rule "
+                f"{cls.rule.name!r}, in its order: {cls.rule.states}"
+            )
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         groups = as_groups(params)
@@ -199,23 +204,35 @@ class Optimizer(Hooked):
         """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
 
         Args:
-            group: the hyper-parameters.
+            group: the hyper-parameters, and what `next_numbers` returned, by name.
             step: the number of this step of a parameter, from 1; without `counts_steps` 2 for all but the first.
         """
         raise TypeError(f"{type(self).__name__} has a compiled rule and must override `scalars`")
 
+    def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        """What the numbers of the state (`number_states`) are after a step; what else it returns is for `scalars`.
+
+        Args:
+            group: the hyper-parameters.
+            step: as for `scalars`.
+            numbers: what they are before the step, by name.
+        """
+        raise TypeError(f"{type(self).__name__} has number_states and must override `next_numbers`")
+
     def initial_value(self, name: str, group: Group) -> float:
-        """What a state array is filled with at first."""
+        """What a state array is filled with at first, and what a number of the state is."""
         return 0.0
 
     def state_streams(self, group: Group) -> tuple[str | None, ...]:
         """Per stream of the rule: the state array behind it, or None where the options of the group need none."""
         names = [name if option is None or group[option] else None for name, option in self.state_names.items()]
-        return (*names, None, None, None)[:3]
+        return (*names, None, None, None, None)[:4]
 
     def new_state(self, p: Parameter, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step."""
         state: dict[str, Any] = {"step": 0} if self.counts_steps else {}
+        for name in self.number_states:
+            state[name] = float(self.initial_value(name, group))
         for name in filter(None, self.state_streams(group)):
             state[name] = np.full_like(p.data, self.initial_value(name, group))
         return state

@@ -68,6 +68,106 @@ CASES = [
         betas=[None, (0.2, 0.9)],
     ),
     *combinations(pyopt.AdamW, reference.adam, amsgrad=[None, True], maximize=MAXIMIZE, eps=[None, 1e-3]),
+    *combinations(pyopt.Adadelta, reference.adadelta, rho=[None, 0.5], weight_decay=DECAY, maximize=MAXIMIZE),
+    *combinations(
+        pyopt.Adamax,
+        reference.adamax,
+        betas=[None, (0.2, 0.9)],
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+        eps=[None, 1e-3],
+    ),
+    *combinations(
+        pyopt.NAdam,
+        reference.nadam,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9)],
+        momentum_decay=[None, 0.1],
+    ),
+    *combinations(
+        pyopt.RAdam,
+        reference.radam,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9), (0.9, 0.5)],
+    ),
+    *combinations(
+        pyopt.ASGD,
+        reference.asgd,
+        lambd=[None, 0.1],
+        alpha=[None, 0.5],
+        t0=[None, 3],
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        pyopt.Rprop, reference.rprop, etas=[None, (0.3, 2)], step_sizes=[None, (5e-3, 0.02)], maximize=MAXIMIZE
+    ),
+    *combinations(
+        pyopt.AdaBelief,
+        reference.adabelief,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, False],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9)],
+        eps=[None, 1e-8],
+    ),
+    *combinations(
+        pyopt.ADOPT,
+        reference.adopt,
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9)],
+    ),
+    *combinations(
+        pyopt.AdEMAMix,
+        reference.ademamix,
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.9, 0.95)],
+        beta3_warmup=[None, 8],
+        alpha_warmup=[None, 5],
+    ),
+    *combinations(
+        pyopt.Adan,
+        reference.adan,
+        weight_decay=[None, 0],
+        maximize=MAXIMIZE,
+        betas=[None, (0.2, 0.3, 0.9)],
+        eps=[None, 1e-3],
+    ),
+    *combinations(
+        pyopt.FTRL,
+        reference.ftrl,
+        l1=[None, 2],
+        l2=[None, 0.5],
+        beta=[None, 1],
+        initial_accumulator_value=[None, 0],
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        pyopt.SGDScheduleFree,
+        reference.sgd_schedule_free,
+        lr=[0.1],
+        momentum=[None, 0.3],
+        weight_decay=DECAY,
+        warmup_steps=[None, 4],
+        r=[None, 1.5],
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        pyopt.AdamWScheduleFree,
+        reference.adamw_schedule_free,
+        betas=[None, (0.3, 0.9)],
+        weight_decay=DECAY,
+        warmup_steps=[None, 4],
+        weight_lr_power=[None, 1],
+        maximize=MAXIMIZE,
+    ),
 ]
 
 # One case per optimizer and set of streams, for what does not depend on the other options.
@@ -81,6 +181,20 @@ BRIEF = [
     Case(pyopt.Adam, reference.adam, {"weight_decay": 0.1}),
     Case(pyopt.Adam, reference.adam, {"amsgrad": True}),
     Case(pyopt.AdamW, reference.adam),
+    Case(pyopt.Adadelta, reference.adadelta),
+    Case(pyopt.Adamax, reference.adamax),
+    Case(pyopt.NAdam, reference.nadam),
+    Case(pyopt.RAdam, reference.radam, {"betas": (0.9, 0.5)}),
+    Case(pyopt.RAdam, reference.radam),
+    Case(pyopt.ASGD, reference.asgd, {"t0": 1}),
+    Case(pyopt.Rprop, reference.rprop),
+    Case(pyopt.AdaBelief, reference.adabelief, {"weight_decay": 0.1}),
+    Case(pyopt.ADOPT, reference.adopt),
+    Case(pyopt.AdEMAMix, reference.ademamix),
+    Case(pyopt.Adan, reference.adan),
+    Case(pyopt.FTRL, reference.ftrl, {"l1": 0.1}),
+    Case(pyopt.SGDScheduleFree, reference.sgd_schedule_free, {"weight_decay": 0.1}),
+    Case(pyopt.AdamWScheduleFree, reference.adamw_schedule_free, {"weight_decay": 0.1}),
 ]
 
 DTYPES = [np.float32, np.float64]
@@ -107,7 +221,7 @@ def assert_same_bits(actual: Any, expected: Any, what: str) -> None:
     """Equal element by element in bits, so that 0.0 and -0.0 differ and NaNs count."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
     bits = f"u{actual.dtype.itemsize}"
-    wrong = np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)
+    wrong = (np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)).reshape(actual.shape)
     assert not wrong.any(), (
         f"{what}: {wrong.sum()} of {wrong.size} elements differ, the first at {np.argwhere(wrong)[0]}: "
         f"{actual[wrong].flat[0]!r}, must be {expected[wrong].flat[0]!r}"

@@ -92,5 +92,197 @@ def adam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     u = v
     if h["amsgrad"]:
         u = new["max_exp_avg_sq"] = np.maximum(s["max_exp_avg_sq"], v) if s else v
-    d = np.sqrt(u) / f(math.sqrt(1 - beta2**t)) + f(h["eps"])
+    d = np.sqrt(u) * f(1 / math.sqrt(1 - beta2**t)) + f(h["eps"])
     return p - f(h["lr"] / (1 - beta1**t)) * m / d, new
+
+
+def decayed(p: Array, g: Array, h: State) -> tuple[Array, Array]:
+    """Parameter and gradient after weight decay, of either kind."""
+    g = signed(g, h)
+    if h.get("decoupled_weight_decay"):
+        return p * p.dtype.type(1 - h["lr"] * h["weight_decay"]), g
+    return p, penalized(g, p, h)
+
+
+def started(p: Array, s: State, *names: str) -> tuple[int, list[Array]]:
+    """The number of this step, and the state before it: zeros at first."""
+    return (s["step"] + 1 if s else 1), [s[name] if s else np.zeros_like(p) for name in names]
+
+
+def squares(v: Array, g: Array, beta: float) -> Array:
+    f = v.dtype.type
+    return f(beta) * v + f(1 - beta) * g * g
+
+
+def adadelta(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    t, (s2, d2) = started(p, s, "square_avg", "acc_delta")
+    p, g = decayed(p, g, h)
+    s2 = squares(s2, g, h["rho"])
+    delta = np.sqrt(d2 + f(h["eps"])) / np.sqrt(s2 + f(h["eps"])) * g
+    return p - f(h["lr"]) * delta, {"step": t, "square_avg": s2, "acc_delta": squares(d2, delta, h["rho"])}
+
+
+def adamax(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    beta1, beta2 = h["betas"]
+    t, (m, u) = started(p, s, "exp_avg", "exp_inf")
+    p, g = decayed(p, g, h)
+    m = lerp(m, g, 1 - beta1)
+    u = np.maximum(f(beta2) * u, np.abs(g) + f(h["eps"]))
+    return p - f(h["lr"] / (1 - beta1**t)) * m / u, {"step": t, "exp_avg": m, "exp_inf": u}
+
+
+def nadam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    beta1, beta2 = h["betas"]
+    t, (m, v) = started(p, s, "exp_avg", "exp_avg_sq")
+    mu = beta1 * (1 - 0.5 * 0.96 ** (t * h["momentum_decay"]))
+    mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * h["momentum_decay"]))
+    product = (s["mu_product"] if s else 1.0) * mu
+    p, g = decayed(p, g, h)
+    m = lerp(m, g, 1 - beta1)
+    v = squares(v, g, beta2)
+    d = np.sqrt(v * f(1 / (1 - beta2**t))) + f(h["eps"])
+    nesterov = f(h["lr"] * (1 - mu) / (1 - product)) * g + f(h["lr"] * mu_next / (1 - product * mu_next)) * m
+    return p - nesterov / d, {"step": t, "mu_product": product, "exp_avg": m, "exp_avg_sq": v}
+
+
+def radam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    beta1, beta2 = h["betas"]
+    t, (m, v) = started(p, s, "exp_avg", "exp_avg_sq")
+    p, g = decayed(p, g, h)
+    m = lerp(m, g, 1 - beta1)
+    v = squares(v, g, beta2)
+    new = {"step": t, "exp_avg": m, "exp_avg_sq": v}
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    rate = h["lr"] / (1 - beta1**t)
+    if rho <= 5:
+        return p - f(rate) * m, new
+    r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    return p - f(rate * math.sqrt((1 - beta2**t) * r)) * m / (np.sqrt(v) + f(h["eps"])), new
+
+
+def asgd(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    t, (ax,) = started(p, s, "ax")
+    eta, mu = (s["eta"], s["mu"]) if s else (h["lr"], 1.0)
+    p, g = decayed(p, g, h)
+    p = p * f(1 - h["lambd"] * eta) - f(eta) * g
+    ax = p if mu == 1 else ax + f(mu) * (p - ax)
+    eta = h["lr"] / (1 + h["lambd"] * h["lr"] * t) ** h["alpha"]
+    return p, {"step": t, "eta": eta, "mu": 1 / max(1, t - h["t0"]), "ax": ax}
+
+
+def rprop(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    t, (before,) = started(p, s, "prev")
+    size = s["step_size"] if s else np.full_like(p, h["lr"])
+    g = signed(g, h)
+    turn = np.sign(g * before)
+    factor = np.select([turn > 0, turn < 0], [f(h["etas"][1]), f(h["etas"][0])], f(1))
+    size = np.clip(size * factor, f(h["step_sizes"][0]), f(h["step_sizes"][1]))
+    g = np.where(turn < 0, f(0), g)
+    return p - np.sign(g) * size, {"step": t, "prev": g, "step_size": size}
+
+
+def adabelief(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    beta1, beta2 = h["betas"]
+    t, (m, var) = started(p, s, "exp_avg", "exp_avg_var")
+    p, g = decayed(p, g, h)
+    m = lerp(m, g, 1 - beta1)
+    var = squares(var, g - m, beta2) + f(h["eps"])
+    d = np.sqrt(var) * f(1 / math.sqrt(1 - beta2**t)) + f(h["eps"])
+    return p - f(h["lr"] / (1 - beta1**t)) * m / d, {"step": t, "exp_avg": m, "exp_avg_var": var}
+
+
+def adopt(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    t, (m, v) = started(p, s, "exp_avg", "exp_avg_sq")
+    if t == 1:
+        g = decayed(p, g, h)[1]
+        return p.copy(), {"step": 1, "exp_avg": m, "exp_avg_sq": g * g}
+    p, g = decayed(p, g, h)
+    limit = f((t - 1) ** 0.25)
+    m = lerp(m, np.clip(g / np.maximum(np.sqrt(v), f(h["eps"])), -limit, limit), 1 - h["betas"][0])
+    return p - f(h["lr"]) * m, {"step": t, "exp_avg": m, "exp_avg_sq": squares(v, g, h["betas"][1])}
+
+
+def ademamix(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    lr, alpha, (beta1, beta2, beta3) = h["lr"], h["alpha"], h["betas"]
+    t, (fast, slow, v) = started(p, s, "exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+    if h["alpha_warmup"]:
+        alpha = alpha * min(1, t / h["alpha_warmup"])
+    if h["beta3_warmup"] and t < h["beta3_warmup"]:
+        share = t / h["beta3_warmup"]
+        beta3 = math.exp(1 / ((1 - share) * (1 / math.log(beta1)) + share * (1 / math.log(beta3))))
+    g = signed(g, h)
+    fast = lerp(fast, g, 1 - beta1)
+    slow = lerp(slow, g, 1 - beta3)
+    v = squares(v, g, beta2)
+    d = np.sqrt(v) * f(1 / math.sqrt(1 - beta2**t)) + f(h["eps"])
+    p = p * f(1 - lr * h["weight_decay"]) - (f(lr / (1 - beta1**t)) * fast + f(lr * alpha) * slow) / d
+    return p, {"step": t, "exp_avg_fast": fast, "exp_avg_slow": slow, "exp_avg_sq": v}
+
+
+def adan(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    lr, (beta1, beta2, beta3) = h["lr"], h["betas"]
+    t, (m, u, n) = started(p, s, "exp_avg", "exp_avg_diff", "exp_avg_sq")
+    g = signed(g, h)
+    change = g - s["pre_grad"] if s else np.zeros_like(g)
+    m = lerp(m, g, 1 - beta1)
+    u = lerp(u, change, 1 - beta2)
+    n = squares(n, g + f(beta2) * change, beta3)
+    d = np.sqrt(n) * f(1 / math.sqrt(1 - beta3**t)) + f(h["eps"])
+    p = p - (f(lr / (1 - beta1**t)) * m + f(lr * beta2 / (1 - beta2**t)) * u) / d
+    new = {"step": t, "exp_avg": m, "exp_avg_diff": u, "exp_avg_sq": n, "pre_grad": g}
+    return p * f(1 / (1 + lr * h["weight_decay"])), new
+
+
+def ftrl(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    z, n = (s["z"], s["n"]) if s else (np.zeros_like(p), np.full_like(p, h["initial_accumulator_value"]))
+    g = signed(g, h)
+    root = np.sqrt(n + g * g)
+    z = z + (g - (root - np.sqrt(n)) * f(1 / h["lr"]) * p)
+    new = {"z": z, "n": n + g * g}
+    d = root * f(1 / h["lr"]) + f(h["beta"] / h["lr"] + h["l2"])
+    return np.where(np.abs(z) <= f(h["l1"]), f(0), (np.sign(z) * f(h["l1"]) - z) / d), new
+
+
+def average(s: State, h: State) -> tuple[float, float, State]:
+    """Schedule-free: the learning rate, the weight of this step in the average, and the new sums."""
+    t = s["step"] + 1 if s else 1
+    lr = h["lr"]
+    if h["warmup_steps"]:
+        lr = lr * min(1, t / h["warmup_steps"])
+    highest = max(lr, s["lr_max"]) if s else lr
+    weight = t ** h["r"] * highest ** h["weight_lr_power"]
+    total = (s["weight_sum"] if s else 0.0) + weight
+    return lr, weight / total if total else 0.0, {"step": t, "lr_max": float(highest), "weight_sum": total}
+
+
+def sgd_schedule_free(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    lr, c, new = average(s, h)
+    z = s["z"] if s else p
+    g = penalized(signed(g, h), p, h)
+    y = lerp(p, z, c) + f(lr * (h["momentum"] * (1 - c) - 1)) * g
+    return y, {**new, "z": z - f(lr) * g}
+
+
+def adamw_schedule_free(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    beta1, beta2 = h["betas"]
+    lr, c, new = average(s, h)
+    z = s["z"] if s else p
+    v = squares(s["exp_avg_sq"] if s else np.zeros_like(p), signed(g, h), beta2)
+    d = np.sqrt(v * f(1 / (1 - beta2 ** new["step"]))) + f(h["eps"])
+    g = penalized(signed(g, h) / d, p, h)
+    y = lerp(p, z, c) + f(lr * (beta1 * (1 - c) - 1)) * g
+    return y, {**new, "z": z - f(lr) * g, "exp_avg_sq": v}

@@ -23,15 +23,18 @@ if sys.platform != "linux" or "gcc" not in (sysconfig.get_config_var("CC") or "g
     pytest.skip("the report is GCC's", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Generated C of the kernels and GCC's report, with the flags of setup.py."""
+@pytest.fixture(scope="module", params=["baseline", "_kernels_v3", "_kernels_v4"])
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Generated C of the kernels and GCC's report, with the flags of setup.py, for one level of instructions."""
     directory = tmp_path_factory.mktemp("kernels")
     sys.path.insert(0, str(ROOT))
     try:
-        from setup import COMPILE_ARGS, DIRECTIVES
+        from setup import BASELINE, COMPILE_ARGS, DIRECTIVES, LEVELS
     finally:
         sys.path.remove(str(ROOT))
+    if request.param != "baseline" and request.param not in LEVELS:
+        pytest.skip("the levels are those of x86-64")
+    flags = [*LEVELS.get(request.param, BASELINE), *COMPILE_ARGS]
     source = directory / "_kernels.c"
     options = [f"-X{name}={value}" for name, value in DIRECTIVES.items()]
     subprocess.run(
@@ -39,7 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     )
     result = subprocess.run(
         [
-            *("gcc", "-fPIC", *COMPILE_ARGS, "-DPy_LIMITED_API=0x030b0000", f"-I{sysconfig.get_paths()['include']}"),
+            *("gcc", "-fPIC", *flags, "-DPy_LIMITED_API=0x030b0000", f"-I{sysconfig.get_paths()['include']}"),
             *("-fopt-info-vec-all", "-c", source, "-o", directory / "_kernels.o"),
         ],
         check=True,

@@ -54,7 +54,8 @@ def test_own_check_stands_before_the_usual_one():
 
 def test_option_without_a_check():
     """Refused where the class is made, if it has a kernel; a rule in NumPy may have what it likes."""
-    body = {"rule": pyopt.SGD.rule, "__init__": lambda self, params, lr, foo: None}
+    tied = {"rule": pyopt.SGD.rule, "state_names": pyopt.SGD.state_names}
+    body = {**tied, "__init__": lambda self, params, lr, foo: None}
     with pytest.raises(TypeError, match="'foo'"):
         type("New", (pyopt.Optimizer,), body)
     type("New", (pyopt.Optimizer,), body | {"checks": {"foo": checks.flag}})

@@ -21,6 +21,7 @@ else:
 import pyopt.torch as optim  # needs torch
 
 FIVE = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
+ELEVEN = [*FIVE, "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
 # One row per optimizer and set of state arrays.
 BRIEF = [
     ("SGD", {"lr": 0.1}),
@@ -84,7 +85,7 @@ def random_gradients(optimizer: Any, generator: Any) -> list[Any]:
         for p in group["params"]:
             value = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             value *= 10 ** (torch.rand(p.shape, generator=generator, dtype=torch.float64) * 4 - 3)
-            if group["weight_decay"]:
+            if group.get("weight_decay"):
                 value = value.copysign(p.detach().double() * (-1 if group["maximize"] else 1))
             result.append(value.to(p.dtype))
     return result
@@ -151,7 +152,7 @@ class Twins:
     def _remember(self) -> None:
         for i, name, _, expected in self._tensors():
             now = expected.detach().abs()
-            before = self.largest.get((i, name))
+            before = self.largest.get((i, name), self.largest.get((i, "parameter")) if name == "ax" else None)
             # An element's history is lost where somebody rebinds the parameter.
             ok = before is not None and before.shape == now.shape and before.dtype == now.dtype
             self.largest[i, name] = torch.maximum(before, now) if ok else now

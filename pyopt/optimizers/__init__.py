@@ -1,8 +1,21 @@
-"""The catalogue, in order of increasing complexity; each file is one declaration."""
+"""The catalogue; each file is one declaration."""
 
+from pyopt.optimizers.adabelief import AdaBelief as AdaBelief
+from pyopt.optimizers.adadelta import Adadelta as Adadelta
 from pyopt.optimizers.adagrad import Adagrad as Adagrad
 from pyopt.optimizers.adam import Adam as Adam
+from pyopt.optimizers.adamax import Adamax as Adamax
 from pyopt.optimizers.adamw import AdamW as AdamW
+from pyopt.optimizers.adan import Adan as Adan
+from pyopt.optimizers.ademamix import AdEMAMix as AdEMAMix
+from pyopt.optimizers.adopt import ADOPT as ADOPT
+from pyopt.optimizers.asgd import ASGD as ASGD
+from pyopt.optimizers.ftrl import FTRL as FTRL
 from pyopt.optimizers.lion import Lion as Lion
+from pyopt.optimizers.nadam import NAdam as NAdam
+from pyopt.optimizers.radam import RAdam as RAdam
 from pyopt.optimizers.rmsprop import RMSprop as RMSprop
+from pyopt.optimizers.rprop import Rprop as Rprop
+from pyopt.optimizers.schedule_free import AdamWScheduleFree as AdamWScheduleFree
+from pyopt.optimizers.schedule_free import SGDScheduleFree as SGDScheduleFree
 from pyopt.optimizers.sgd import SGD as SGD

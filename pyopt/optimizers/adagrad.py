@@ -80,5 +80,5 @@ class Adagrad(Optimizer):
             "lr": group["lr"] / (1 + (step - 1) * group["lr_decay"]),
             "weight_decay": group["weight_decay"],
             "eps": group["eps"],
-            "scale": -1 if group["maximize"] else 1,
+            "gradient_factor": -1 if group["maximize"] else 1,
         }

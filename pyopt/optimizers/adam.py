@@ -84,10 +84,10 @@ class Adam(Optimizer):
             "weight1": 1 - beta1,
             "beta2": beta2,
             "weight2": 1 - beta2,
-            "bias2": math.sqrt(1 - beta2**step),
+            "inverse_sqrt_bias_correction2": 1 / math.sqrt(1 - beta2**step),
             "eps": group["eps"],
             "weight_decay": 0 if decoupled else weight_decay,
-            "decay": 1 - lr * weight_decay if decoupled else 1,
-            "scale": -1 if group["maximize"] else 1,
+            "decay_factor": 1 - lr * weight_decay if decoupled else 1,
+            "gradient_factor": -1 if group["maximize"] else 1,
             "amsgrad": group["amsgrad"],
         }

@@ -61,6 +61,6 @@ class Lion(Optimizer):
             "weight1": 1 - beta1,
             "beta2": beta2,
             "weight2": 1 - beta2,
-            "decay": 1 - group["lr"] * group["weight_decay"],
-            "scale": -1 if group["maximize"] else 1,
+            "decay_factor": 1 - group["lr"] * group["weight_decay"],
+            "gradient_factor": -1 if group["maximize"] else 1,
         }

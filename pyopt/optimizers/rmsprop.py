@@ -83,6 +83,6 @@ class RMSprop(Optimizer):
             "momentum": group["momentum"],
             "weight_decay": group["weight_decay"],
             "eps": group["eps"],
-            "scale": -1 if group["maximize"] else 1,
+            "gradient_factor": -1 if group["maximize"] else 1,
             "centered": group["centered"],
         }

@@ -80,9 +80,9 @@ class SGD(Optimizer):
         return {
             "lr": group["lr"],
             "momentum": group["momentum"],
-            "undamped": 1 - group["dampening"],
+            "one_minus_dampening": 1 - group["dampening"],
             "weight_decay": group["weight_decay"],
-            "scale": -1 if group["maximize"] else 1,
+            "gradient_factor": -1 if group["maximize"] else 1,
             "nesterov": group["nesterov"],
             "first": step == 1,
         }

@@ -12,14 +12,50 @@ import torch.optim
 from pyopt.torch.convert import from_torch as from_torch
 from pyopt.torch.convert import to_torch as to_torch
 from pyopt.torch.explain import explain as explain
+from pyopt.torch.optimizers import ADOPT as ADOPT
+from pyopt.torch.optimizers import ASGD as ASGD
+from pyopt.torch.optimizers import FTRL as FTRL
 from pyopt.torch.optimizers import SGD as SGD
+from pyopt.torch.optimizers import AdaBelief as AdaBelief
+from pyopt.torch.optimizers import Adadelta as Adadelta
 from pyopt.torch.optimizers import Adagrad as Adagrad
 from pyopt.torch.optimizers import Adam as Adam
+from pyopt.torch.optimizers import Adamax as Adamax
 from pyopt.torch.optimizers import AdamW as AdamW
+from pyopt.torch.optimizers import AdamWScheduleFree as AdamWScheduleFree
+from pyopt.torch.optimizers import Adan as Adan
+from pyopt.torch.optimizers import AdEMAMix as AdEMAMix
 from pyopt.torch.optimizers import Lion as Lion
+from pyopt.torch.optimizers import NAdam as NAdam
+from pyopt.torch.optimizers import RAdam as RAdam
 from pyopt.torch.optimizers import RMSprop as RMSprop
+from pyopt.torch.optimizers import Rprop as Rprop
+from pyopt.torch.optimizers import SGDScheduleFree as SGDScheduleFree
 
-_OWN = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "explain", "from_torch", "to_torch"]
+_OWN = [
+    "explain",
+    "from_torch",
+    "to_torch",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "RMSprop",
+    "Adadelta",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "ASGD",
+    "Rprop",
+    "AdaBelief",
+    "ADOPT",
+    "AdEMAMix",
+    "Adan",
+    "FTRL",
+    "SGDScheduleFree",
+    "AdamWScheduleFree",
+]
 __all__ = sorted({*_OWN, *(name for name in dir(torch.optim) if not name.startswith("_"))})
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 
 import pyopt
-from pyopt._options import check_options
-from pyopt.checks import plain
+from pyopt.optimizers.schedule_free import Move, TrainEval
+from pyopt.torch import own
+from pyopt.torch.own import OwnOptimizer, constructor_of
 from pyopt.torch.step import KernelStepMixin
 
 
@@ -17,8 +15,8 @@ class SGD(KernelStepMixin, torch.optim.SGD, core=pyopt.SGD):
     """torch.optim.SGD, its arguments, state and errors, with the step of pyopt.SGD."""
 
 
-class Lion(KernelStepMixin, torch.optim.Optimizer, core=pyopt.Lion):
-    """pyopt.Lion for tensors. torch has none: what the kernels do not cover takes the loop below.
+class Lion(OwnOptimizer, core=pyopt.Lion):
+    """pyopt.Lion for tensors. torch has none: what the kernels do not cover takes the same formula in torch's words.
 
     Args:
         params: as for every torch optimizer.
@@ -38,36 +36,8 @@ class Lion(KernelStepMixin, torch.optim.Optimizer, core=pyopt.Lion):
         tensor([0.5000, 1.5000])
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        check_options(defaults, pyopt.Lion.checks)
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
-        if any(p.grad is not None and p.grad.is_sparse for _, p in left):
-            raise RuntimeError("Lion does not support sparse gradients")
-        for index, p in left:
-            assert p.grad is not None
-            h = plain(self.param_groups[index])
-            beta1, beta2 = h["betas"]
-            g = p.grad * (-factor if h["maximize"] else factor)
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            m = state["exp_avg"]
-            direction = beta1 * m + (1 - beta1) * g
-            direction = torch.where(direction.isnan(), direction, direction.sign())
-            p.mul_(1 - h["lr"] * h["weight_decay"]).sub_(direction, alpha=h["lr"])
-            m.mul_(beta2).add_(g, alpha=1 - beta2)
+    __init__ = constructor_of(pyopt.Lion)
+    formula = staticmethod(own.lion)
 
 
 class Adagrad(KernelStepMixin, torch.optim.Adagrad, core=pyopt.Adagrad):
@@ -84,3 +54,88 @@ class Adam(KernelStepMixin, torch.optim.Adam, core=pyopt.Adam):
 
 class AdamW(KernelStepMixin, torch.optim.AdamW, core=pyopt.AdamW):
     """torch.optim.AdamW, its arguments, state and errors, with the step of pyopt.AdamW."""
+
+
+class Adadelta(KernelStepMixin, torch.optim.Adadelta, core=pyopt.Adadelta):
+    """torch.optim.Adadelta, its arguments, state and errors, with the step of pyopt.Adadelta."""
+
+
+class Adamax(KernelStepMixin, torch.optim.Adamax, core=pyopt.Adamax):
+    """torch.optim.Adamax, its arguments, state and errors, with the step of pyopt.Adamax."""
+
+
+class NAdam(KernelStepMixin, torch.optim.NAdam, core=pyopt.NAdam):
+    """torch.optim.NAdam, its arguments, state and errors, with the step of pyopt.NAdam."""
+
+
+class RAdam(KernelStepMixin, torch.optim.RAdam, core=pyopt.RAdam):
+    """torch.optim.RAdam, its arguments, state and errors, with the step of pyopt.RAdam."""
+
+
+class ASGD(KernelStepMixin, torch.optim.ASGD, core=pyopt.ASGD):
+    """torch.optim.ASGD, its arguments, state and errors, with the step of pyopt.ASGD."""
+
+
+class Rprop(KernelStepMixin, torch.optim.Rprop, core=pyopt.Rprop):
+    """torch.optim.Rprop, its arguments, state and errors, with the step of pyopt.Rprop."""
+
+
+# --- what torch has not: pyopt's optimizers for tensors, with the same arguments --------------------------------------
+
+
+class AdaBelief(OwnOptimizer, core=pyopt.AdaBelief):
+    """pyopt.AdaBelief for tensors: arguments, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.AdaBelief)
+    formula = staticmethod(own.adabelief)
+
+
+class ADOPT(OwnOptimizer, core=pyopt.ADOPT):
+    """pyopt.ADOPT for tensors: arguments, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.ADOPT)
+    formula = staticmethod(own.adopt)
+
+
+class AdEMAMix(OwnOptimizer, core=pyopt.AdEMAMix):
+    """pyopt.AdEMAMix for tensors: arguments, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.AdEMAMix)
+    formula = staticmethod(own.ademamix)
+
+
+class Adan(OwnOptimizer, core=pyopt.Adan):
+    """pyopt.Adan for tensors: arguments, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.Adan)
+    formula = staticmethod(own.adan)
+
+
+class FTRL(OwnOptimizer, core=pyopt.FTRL):
+    """pyopt.FTRL for tensors: arguments, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.FTRL)
+    formula = staticmethod(own.ftrl)
+
+
+class ScheduleFree(TrainEval, OwnOptimizer):
+    """What the two below have in common."""
+
+    @torch.no_grad()
+    def _interpolate(self, moves: list[Move]) -> None:
+        for p, z, weight in moves:
+            p.add_((z - p).mul_(weight))  # in three operations: the bits of the NumPy side
+
+
+class SGDScheduleFree(ScheduleFree, core=pyopt.SGDScheduleFree):
+    """pyopt.SGDScheduleFree for tensors: arguments, modes, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.SGDScheduleFree)
+    formula = staticmethod(own.sgd_schedule_free)
+
+
+class AdamWScheduleFree(ScheduleFree, core=pyopt.AdamWScheduleFree):
+    """pyopt.AdamWScheduleFree for tensors: arguments, modes, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.AdamWScheduleFree)
+    formula = staticmethod(own.adamw_schedule_free)

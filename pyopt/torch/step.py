@@ -194,6 +194,10 @@ class Side:
             check_options({key: group[key] for key in self.defaults if key in group}, self.core.checks)
             raise
 
+    def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
+        """What the numbers of the state are after a step."""
+        return self.core.next_numbers(self, group, step, numbers)  # type: ignore[arg-type]
+
     def state_streams(self, group: Group) -> tuple[str | None, ...] | None:
         """The state behind each stream of the rule, None for a group that is left to torch."""
         return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
@@ -206,11 +210,19 @@ class Side:
     def new_state(self, p: torch.Tensor, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step, as torch makes it."""
         state: dict[str, Any] = {}
+        double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+        scalar_dtype = torch.float64 if double else torch.float32
+        # torch's Adagrad takes it from the defaults, whatever the group says.
+        options = self.defaults if self.core is pyopt.Adagrad else group
         if self.counts_steps:
-            double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-            state["step"] = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+            state["step"] = torch.zeros((), dtype=scalar_dtype)
+        for name in self.number_states:
+            number = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
+            is_torchs = hasattr(torch.optim, self.core.__name__)
+            state[name] = torch.tensor(number, dtype=scalar_dtype if is_torchs else torch.float64)
         for name in filter(None, self.state_streams(group) or ()):
-            value = self.core.initial_value(self, name, self.defaults)  # type: ignore[arg-type]
+            value: complex = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
+            value = complex(value, value) if p.is_complex() else value
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
         return state
 
