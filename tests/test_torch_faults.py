@@ -1189,7 +1189,9 @@ def test_gradient_of_a_left_row_is_an_earlier_covered_parameter(dtype: Any) -> N
 @pytest.mark.parametrize("third", [False, True], ids=["", "a third one moves"])
 @pytest.mark.parametrize("at_once", [False, True], ids=["", "moves in the step that is sat out"])
 @pytest.mark.parametrize("sits_out", [0, 1])
-@pytest.mark.parametrize("shared", ["state and parameter", "state and state", "state and gradient"])
+@pytest.mark.parametrize(
+    "shared", ["state and parameter", "state and state", "state and gradient", "state and expanded gradient"]
+)
 @pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.5}), ("Adam", {}), ("RMSprop", {})])
 def test_sharing_is_seen_when_a_parameter_comes_back(
     name: str, options: dict[str, Any], shared: str, sits_out: int, at_once: bool, third: bool
@@ -1213,7 +1215,7 @@ def test_sharing_is_seen_when_a_parameter_comes_back(
         elif shared == "state and state":
             optimizer.state[other][slot(optimizer, other, "")] = memory
         else:
-            other.grad = memory
+            other.grad = memory if shared == "state and gradient" else memory[:1].expand(2)
         optimizer.step()
         if third:
             params[2].data = torch.full((2,), 7.0)
