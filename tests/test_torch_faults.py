@@ -1187,11 +1187,14 @@ def test_gradient_of_a_left_row_is_an_earlier_covered_parameter(dtype: Any) -> N
 
 @apart
 @pytest.mark.parametrize("third", [False, True], ids=["", "a third one moves"])
+@pytest.mark.parametrize("at_once", [False, True], ids=["", "moves in the step that is sat out"])
 @pytest.mark.parametrize("sits_out", [0, 1])
-@pytest.mark.parametrize("shared", ["state and parameter", "state and state", "state and gradient"])
+@pytest.mark.parametrize(
+    "shared", ["state and parameter", "state and state", "state and gradient", "state and expanded gradient"]
+)
 @pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.5}), ("Adam", {}), ("RMSprop", {})])
 def test_sharing_is_seen_when_a_parameter_comes_back(
-    name: str, options: dict[str, Any], shared: str, sits_out: int, third: bool
+    name: str, options: dict[str, Any], shared: str, sits_out: int, at_once: bool, third: bool
 ) -> None:
     """One sits out a step while another's memory moves, onto its state."""
 
@@ -1203,7 +1206,8 @@ def test_sharing_is_seen_when_a_parameter_comes_back(
         optimizer.step()
         away, other = params[sits_out], params[1 - sits_out]
         away.grad = None
-        optimizer.step()
+        if not at_once:
+            optimizer.step()
         state = optimizer.state[away]
         memory = state[slot(optimizer, away, "")]
         if shared == "state and parameter":
@@ -1211,7 +1215,7 @@ def test_sharing_is_seen_when_a_parameter_comes_back(
         elif shared == "state and state":
             optimizer.state[other][slot(optimizer, other, "")] = memory
         else:
-            other.grad = memory
+            other.grad = memory if shared == "state and gradient" else memory[:1].expand(2)
         optimizer.step()
         if third:
             params[2].data = torch.full((2,), 7.0)
@@ -1226,9 +1230,10 @@ def test_sharing_is_seen_when_a_parameter_comes_back(
 
 
 @apart
+@pytest.mark.parametrize("what", ["parameter", "state", "step"])
 @pytest.mark.parametrize("name", FIVE)
-def test_sharing_that_was_noticed_is_remembered(name: str) -> None:
-    """Two parameters on one memory, and a third that moves between the steps."""
+def test_sharing_that_was_noticed_is_remembered(name: str, what: str) -> None:
+    """Two rows on one memory, and a third that moves between the steps."""
 
     def scenario(cls: Any) -> Any:
         a, b, c = (torch.nn.Parameter(torch.full((4,), float(k + 1))) for k in range(3))
@@ -1236,7 +1241,11 @@ def test_sharing_that_was_noticed_is_remembered(name: str) -> None:
         for p in (a, b, c):
             p.grad = torch.ones(4)
         optimizer.step()
-        b.data = a.data
+        key = "step" if what == "step" else next((k for k in optimizer.state.get(a, {}) if k != "step"), None)
+        if what == "parameter":
+            b.data = a.data
+        elif key in optimizer.state.get(a, {}):
+            optimizer.state[b][key] = optimizer.state[a][key]
         for k in range(4):
             optimizer.step()
             c.data = torch.full((4,), float(k))
