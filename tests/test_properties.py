@@ -1,6 +1,7 @@
 """Whatever a user does between steps, a step is the oracle's in bits, or it raises and has changed nothing.
 
 PYOPT_EXAMPLES=n plays n games of 50 moves in place of a few; the numbers of steps are printed (pytest -s).
+PYOPT_SHRINK=1 makes a failing game short, which may take minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import weakref
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -604,6 +605,7 @@ def play():
                 deadline=None,
                 derandomize=not EXAMPLES,
                 database=None,
+                phases=[Phase.generate, Phase.shrink] if os.environ.get("PYOPT_SHRINK") else [Phase.generate],
                 suppress_health_check=list(HealthCheck),
             ),
         )
