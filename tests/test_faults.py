@@ -428,7 +428,7 @@ def meddle(kind, opt):
         "data shrunk": lambda: setattr(p, "data", p.data[:1].copy()),
         "gradient dropped": lambda: setattr(p, "grad", None),
         "shape in place": lambda: in_place(p.data, shape=(p.data.size, 1)),
-        "resized if nobody holds it": lambda: p.data.resize(100_000),
+        "resized if free": lambda: p.data.resize(100_000),
         "a step": lambda: opt.step(),
         "loaded": lambda: opt.load_state_dict(opt.state_dict()),
         "saved": lambda: opt.state_dict(),
@@ -444,7 +444,7 @@ MEDDLING += [
     "data shrunk",
     "gradient dropped",
     "shape in place",
-    "resized if nobody holds it",
+    "resized if free",
     "a step",
 ]
 MEDDLING += ["loaded", "saved", "shown", "copied"]
