@@ -11,7 +11,7 @@ from pyopt._numpy_arrays cimport (
     NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS,
     PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
 )
-from pyopt._step cimport IDLE, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape
+from pyopt._step cimport IDLE, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape
 
 from copy import deepcopy
 
@@ -25,7 +25,6 @@ from pyopt.parameter import Parameter, check_data, check_gradient, check_no_over
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
 
-cdef long long MOST_STEPS = 2 ** 53  # what a double counts
 cdef object array_type = ndarray
 cdef object masked_type = MaskedArray
 cdef object parameter_type = Parameter
@@ -148,7 +147,7 @@ cdef class ArrayWorkspace(Workspace):
         step = <object>row.count[0]
         if type(step) is int:
             steps = PyLong_AsLongLongAndOverflow(step, &overflow)
-        if overflow or not 0 <= steps < MOST_STEPS:
+        if overflow or not 0 <= steps <= MOST_STEPS:
             check_count(f"{label(index, <object>row.param)}: state 'step'", step)
             steps = step
         return steps

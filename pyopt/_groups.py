@@ -124,7 +124,7 @@ def meant(key: str, options: tuple[str, ...]) -> str | None:
     for option in options:
         if f"_{option}_" in f"_{word}_" and word != option:  # an option with words around it is meant so
             continue
-        if sorted(word) == sorted(option) or SequenceMatcher(None, word, option).ratio() > 0.82:
+        if sorted(word) == sorted(option) or SequenceMatcher(None, word, option).ratio() > 0.75:
             return option
     return None
 

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 StateDict = dict[str, Any]
 State = dict[str, Any]
 
-# A checkpoint's step count must leave room for the steps to come: a live one may reach 2**63 - 1.
-MAX_STEP = 2**62
-
 
 # --- from an optimizer ------------------------------------------------------------------------------------------------
 
@@ -111,6 +108,15 @@ def as_index(key: Any) -> int | None:
     if isinstance(key, str) and key.isascii() and key.isdigit():
         return int(key)
     return int(key) if isinstance(key, (int, np.integer)) and not isinstance(key, bool) else None
+
+
+def is_number(text: str) -> bool:
+    """Whether a string is a number: a parameter's, and written as none is."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _mapping(what: str, value: Any) -> Mapping[Any, Any]:
@@ -194,7 +200,7 @@ def _checked_states(
     own = {}
     for key, value in _mapping("state_dict: state", saved).items():
         index = as_index(key)
-        if isinstance(key, str) and index is None and key not in names:
+        if isinstance(key, str) and index is None and key not in names and not is_number(key):
             own[key] = value
             continue
         if index is None or not 0 <= index < len(params):
@@ -235,8 +241,6 @@ def _count(what: str, value: Any) -> int:
         count(what, step)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace(repr(step), repr(value), 1)) from None
-    if step >= MAX_STEP:
-        raise ValueError(f"{what} == {value!r}, must be < 2**62: it leaves no room for the steps to come")
     return int(step)
 
 

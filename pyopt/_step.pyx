@@ -162,6 +162,7 @@ cdef object first_too_large(dict options, known):
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
+cdef long long MOST_STEPS = 2 ** 52
 cdef int forks = 0
 
 
@@ -402,7 +403,7 @@ cdef class Workspace:
             hold(&row.state[j], <object>array)
         self.take_arrays(row, index)
         if self.counts_steps and row.route == KERNEL:
-            return self.read_step(row, index) + 1
+            return min(self.read_step(row, index) + 1, MOST_STEPS)
         return 1 if row.made != NULL else 2
 
     cdef PyObject *find_entry(self, param) except? NULL:

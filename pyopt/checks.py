@@ -91,11 +91,11 @@ def step_sizes(name: str, value: Any) -> None:
 
 
 def count(name: str, value: Any) -> None:
-    """An integer >= 0 that fits into 63 bits."""
+    """A number of steps: an integer from 0 to 2**52, where counts stay."""
     if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} == {value!r}, must be an int, not {type(value).__name__}")
-    if not 0 <= int(value) < 2**63 - 1:
-        raise ValueError(f"{name} == {value!r}, must be >= 0 and < 2**63 - 1")
+    if not 0 <= int(value) <= 2**52:
+        raise ValueError(f"{name} == {value!r}, must be >= 0 and <= 2**52")
 
 
 def warmup(name: str, value: Any) -> None:

@@ -136,12 +136,12 @@ def new_state(case: Case, dtype: type) -> dict:
 
 @pytest.mark.parametrize("optimizer", [pyopt.Adam, pyopt.AdamW, pyopt.RMSprop, pyopt.Adagrad])
 def test_a_step_count_past_its_end(optimizer: type[pyopt.Optimizer]) -> None:
-    """The next count would not fit into 63 bits: a message that names it, and nothing has changed."""
+    """A count that no training reaches: a message that names it, and nothing has changed."""
     p = pyopt.Parameter(np.ones(3))
     o = optimizer([p])
     o.step(grads=[np.ones(3)])
     before = p.data.copy()
-    for count in (2**63 - 1, 2**63, -1):
+    for count in (2**52 + 1, 2**63 - 2, 2**63 - 1, 2**63, -1):
         o.state[p]["step"] = count
         with pytest.raises(ValueError, match=f"step' == {count}, must be >= 0 and < 2"):
             o.step(grads=[np.ones(3)])

@@ -16,7 +16,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyopt._engine cimport STATES, Work
 from pyopt._step cimport (
-    IDLE, KERNEL, LEFT, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
+    IDLE, KERNEL, LEFT, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
 )
 
 import sys
@@ -56,7 +56,6 @@ cdef enum:
     CPU = 1  # kDLCPU
     FLOAT = 2  # kDLFloat
 
-cdef double MOST_STEPS = 2.0 ** 53  # beyond, a double does not count
 cdef object tensor_type = Tensor
 cdef object parameter_type = Parameter
 cdef object is_neg = Tensor.is_neg
@@ -141,9 +140,9 @@ def as_local(param, *others):
     """The local tensors of DTensors that are placed alike; None where they are not."""
     kind = type(param)
     for each in (param, *others):
-        if type(each) is not kind or each.placements != param.placements or each.device_mesh != param.device_mesh:
-            return None
-        if any(placement.is_partial() for placement in each.placements):
+        if (type(each) is not kind or each._spec.placements != param._spec.placements
+                or each._spec.mesh != param._spec.mesh or type(each._local_tensor) is not Tensor
+                or any(placement.is_partial() for placement in each._spec.placements)):
             return None
     return [each._local_tensor for each in (param, *others)]
 
@@ -201,6 +200,8 @@ cdef class TensorWorkspace(Workspace):
             return f"it is a {type(param).__name__}, not a plain tensor"
         if not is_ordinary(param) or not self.view(<PyObject *>param, &p):
             return f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
+        if <size_t>p.data % p.itemsize:
+            return "its memory is not aligned"
         if not is_dense(&p):
             return f"its elements do not lie side by side: shape {tuple(param.shape)}, strides {param.stride()}"
         if param.is_neg():
@@ -209,11 +210,12 @@ cdef class TensorWorkspace(Workspace):
 
     cdef int leave(self, Row *row, Py_ssize_t index, reason) except -1:
         """Leave a row to torch: note what torch will write and read."""
+        cdef PyObject *entry = row.entry if row.entry != NULL else self.find_entry(<object>row.param)
         param = <object>row.param
         memory = []
         self.note_memory(memory, param)
-        if row.entry != NULL:
-            for value in (<object>row.entry).values():
+        if entry != NULL and isinstance(<object>entry, dict):
+            for value in list((<object>entry).values()):
                 self.note_memory(memory, value)
         if self.left is None:
             self.left = {}
@@ -337,14 +339,15 @@ cdef class TensorWorkspace(Workspace):
                 self.leave(row, index, f"its state {self.count_names[j]!r} is no single float on the CPU")
                 return 0
         count = read(row, 0)
-        if not (0 <= count < MOST_STEPS and count == <Py_ssize_t>count):
+        if not (0 <= count <= MOST_STEPS and count == <Py_ssize_t>count):
             self.leave(row, index, f"its state 'step' is {count}")
             return 0
         return <Py_ssize_t>count
 
     cdef bint view_count(self, Row *row, int j) except -1:
         cdef View c
-        if type(<object>row.count[j]) is not tensor_type or not self.view(row.count[j], &c) or c.size != 1:
+        if (type(<object>row.count[j]) is not tensor_type or not self.view(row.count[j], &c) or c.size != 1
+                or <size_t>c.data % c.itemsize):
             return False
         row.count_at[j] = c.data
         row.count_size[j] = c.itemsize
@@ -371,6 +374,9 @@ cdef class TensorWorkspace(Workspace):
         if not self.view(row.data, &p):
             self.leave(row, index, self.kind_of(<object>row.data))
             return False
+        if <size_t>p.data % p.itemsize:
+            self.leave(row, index, "its memory is not aligned")
+            return False
         if not is_dense(&p):
             self.leave(row, index, "its elements do not lie side by side: shape "
                        f"{tuple((<object>row.data).shape)}, strides {(<object>row.data).stride()}")
@@ -391,7 +397,8 @@ cdef class TensorWorkspace(Workspace):
                 w.stream[2 + j] = NULL
                 continue
             if (type(<object>row.state[j]) is not tensor_type or not self.view(row.state[j], &s)
-                    or s.itemsize != p.itemsize or not same_shape(&p, &s) or not same_order(&p, &s)):
+                    or s.itemsize != p.itemsize or not same_shape(&p, &s) or not same_order(&p, &s)
+                    or <size_t>s.data % s.itemsize):
                 name = (<Plan>self.new_plans[row.group]).names[j]
                 self.leave(row, index, f"its state {name!r} is of another dtype, shape or memory order")
                 return False
