@@ -656,6 +656,7 @@ def test_a_failed_step_raises_no_versions(name: str, options: dict[str, Any]) ->
 
 # --- F: what a user meant ---------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", sorted({*torch.optim.__all__, "lr_scheduler", "swa_utils", "Optimizer"}))
 def test_public_names_of_torch_optim(name: str) -> None:
     ours, theirs = getattr(optim, name), getattr(torch.optim, name)
