@@ -477,8 +477,9 @@ class Game(RuleBasedStateMachine):
     @rule(i=INDEX, j=INDEX, part=st.booleans())
     def alias_data(self, i, j, part):
         p, q = self.pick(i), self.pick(j)
-        if p is not q:
-            p.data = q.data.reshape(-1)[1:] if part and q.data.flags.c_contiguous and q.data.size > 1 else q.data
+        data = q.data.reshape(-1)[1:] if part and q.data.flags.c_contiguous and q.data.size > 1 else q.data
+        if p is not q and data.flags.writeable and data.dtype.kind == "f":
+            p.data = data
             self.opt.state.pop(p, None)
 
     @rule(i=INDEX, j=INDEX)
