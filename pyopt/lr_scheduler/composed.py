@@ -8,14 +8,22 @@ from itertools import pairwise
 from typing import Any, Self
 
 from pyopt.checks import count
-from pyopt.lr_scheduler.base import LRScheduler, a_list_of, mapping
+from pyopt.lr_scheduler.base import LRScheduler, a_list_of, listed, mapping
 from pyopt.lr_scheduler.plateau import ReduceLROnPlateau
+
+
+def parts_of(schedulers: Any) -> list[LRScheduler]:
+    """The parts of a composition, at least one."""
+    parts = listed("schedulers", schedulers)
+    if not parts:
+        raise ValueError("schedulers is empty, must hold at least one")
+    return parts
 
 
 class _Composed(LRScheduler):
     """Schedules of one optimizer as functions of the step: only the whole is stepped and has a position."""
 
-    def __init__(self, optimizer: Any, schedulers: Sequence[LRScheduler], last_epoch: int) -> None:
+    def __init__(self, optimizer: Any, schedulers: list[LRScheduler], last_epoch: int) -> None:
         for i, scheduler in enumerate(schedulers):
             kind = type(scheduler).__name__
             if not isinstance(scheduler, LRScheduler):
@@ -24,7 +32,7 @@ class _Composed(LRScheduler):
                 raise ValueError(f"schedulers[{i}] is a ReduceLROnPlateau, whose lr is no function of the step")
             if scheduler.optimizer is not optimizer:
                 raise ValueError(f"schedulers[{i}], {kind}, belongs to another optimizer")
-        self._schedulers = list(schedulers)
+        self._schedulers = schedulers
         super().__init__(optimizer, last_epoch)
 
     @property
@@ -104,8 +112,8 @@ class SequentialLR(_Composed):
     def __init__(
         self, optimizer: Any, schedulers: Sequence[LRScheduler], milestones: Sequence[int], last_epoch: int = -1
     ) -> None:
-        self.milestones = milestones if isinstance(milestones, str) else list(milestones)
-        super().__init__(optimizer, schedulers, last_epoch)
+        self.milestones = listed("milestones", milestones)
+        super().__init__(optimizer, parts_of(schedulers), last_epoch)
 
     def check_arguments(self) -> None:
         super().check_arguments()
@@ -164,8 +172,7 @@ class ChainedScheduler(_Composed):
     """
 
     def __init__(self, schedulers: Sequence[LRScheduler], optimizer: Any = None) -> None:
-        if not schedulers:
-            raise ValueError("schedulers is empty, must hold at least one")
+        schedulers = parts_of(schedulers)
         first = schedulers[0]
         last_epoch = getattr(first, "last_epoch", 0)
         for i, scheduler in enumerate(schedulers):

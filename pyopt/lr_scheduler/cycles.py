@@ -128,7 +128,7 @@ class CyclicLR(_Cycle):
             return float(self.scale_fn(cycle if self.scale_mode == "cycle" else step))
         if self.mode == "triangular":
             return 1.0
-        return 1 / 2.0 ** (cycle - 1) if self.mode == "triangular2" else float(self.gamma) ** step
+        return 0.5 ** (cycle - 1) if self.mode == "triangular2" else float(self.gamma) ** step
 
     def _levels_of(self, groups: int) -> tuple[list[Any], list[Any]]:
         """Per group where lr and momentum start from, and how far they go."""

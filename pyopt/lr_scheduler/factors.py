@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pyopt.checks import at_least, count, fraction, non_negative
-from pyopt.lr_scheduler.base import Function, LRScheduler, a_list_of, each, function, per_group
+from pyopt.lr_scheduler.base import Function, LRScheduler, a_list_of, each, function, listed, per_group
 
 
 class ExponentialLR(LRScheduler):
@@ -88,9 +88,7 @@ class MultiStepLR(LRScheduler):
     checks = {"milestones": a_list_of(count), "gamma": non_negative}
 
     def __init__(self, optimizer: Any, milestones: Iterable[int], gamma: float = 0.1, last_epoch: int = -1) -> None:
-        if isinstance(milestones, str) or not isinstance(milestones, Iterable):
-            raise TypeError(f"milestones == {milestones!r}, must be a list")
-        self.milestones = list(milestones)
+        self.milestones = listed("milestones", milestones)
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
 
