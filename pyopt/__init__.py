@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
     raise
 from pyopt import lr_scheduler as lr_scheduler
 from pyopt.config import show_config as show_config
+from pyopt.decay import no_decay as no_decay
 from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers import ADOPT as ADOPT
 from pyopt.optimizers import ASGD as ASGD
