@@ -104,10 +104,7 @@ class LRScheduler:
 
     def values_at(self, step: int, base_lrs: Sequence[float]) -> list[float]:
         """The lr of every group at a step, from 0. Called for any step in any order; changes nothing."""
-        factor = self.factor_at(step)
-        if len(base_lrs) == 1:  # the usual case, which a list comprehension makes 0.1 us slower
-            return [base_lrs[0] * factor]
-        return [base * factor for base in base_lrs]
+        return multiplied(base_lrs, self.factor_at(step))
 
     def _momenta_at(self, step: int, groups: int) -> list[float]:
         """The momentum of every group at a step."""
@@ -186,7 +183,7 @@ class LRScheduler:
             raise RuntimeError(f"the optimizer has {len(groups)} param groups, had {known} when the schedule began")
         added = groups[known:]
         self.base_lrs += [base_lr(i, group) for i, group in enumerate(added, known)]
-        self._last_lr += [float(group["lr"]) for group in added]
+        self._last_lr = [*self._last_lr, *(float(group["lr"]) for group in added)]
         for group, base in zip(added, self.base_lrs[known:], strict=True):
             group.setdefault("initial_lr", base)
 
@@ -251,6 +248,13 @@ class LRScheduler:
 
     def _become(self, twin: Self) -> None:
         vars(self).update(vars(twin))
+
+
+def multiplied(base_lrs: Sequence[float], factor: float) -> list[float]:
+    """Every base lr times a factor."""
+    if len(base_lrs) == 1:  # the usual case, which a list comprehension makes 0.1 us slower
+        return [base_lrs[0] * factor]
+    return [base * factor for base in base_lrs]
 
 
 # --- param groups -----------------------------------------------------------------------------------------------------

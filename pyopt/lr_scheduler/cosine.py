@@ -41,8 +41,7 @@ class CosineAnnealingLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def values_at(self, step: float, base_lrs: Sequence[float]) -> list[float]:
-        height = 1 + cos(pi * step / self.T_max)
-        return [self.eta_min + (base - self.eta_min) * height / 2 for base in base_lrs]
+        return between(self.eta_min, base_lrs, 1 + cos(pi * step / self.T_max))
 
 
 class CosineAnnealingWarmRestarts(LRScheduler):
@@ -79,16 +78,32 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         self.eta_min = eta_min
         super().__init__(optimizer, last_epoch)
 
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        self._begin, self._end = self._period_of(0)  # the restarts around the last step
+
     def check_position(self, epoch: Any) -> None:
         non_negative("epoch", epoch)
 
     def values_at(self, step: float, base_lrs: Sequence[float]) -> list[float]:
-        current, period = step, self.T_0
+        if not self._begin <= step < self._end:
+            self._begin, self._end = self._period_of(step)
+        return between(self.eta_min, base_lrs, 1 + cos(pi * (step - self._begin) / (self._end - self._begin)))
+
+    def _period_of(self, step: float) -> tuple[int, int]:
+        """The restarts before and behind a step."""
+        begin, period = 0, self.T_0
         if self.T_mult == 1:
-            current %= period
+            begin = int(step) // period * period
         else:
-            while current >= period:
-                current -= period
+            while step >= begin + period:
+                begin += period
                 period *= self.T_mult
-        height = 1 + cos(pi * current / period)
-        return [self.eta_min + (base - self.eta_min) * height / 2 for base in base_lrs]
+        return begin, begin + period
+
+
+def between(low: float, highs: Sequence[float], height: float) -> list[float]:
+    """What is height / 2 of the way from low to each of highs."""
+    if len(highs) == 1:
+        return [low + (highs[0] - low) * height / 2]
+    return [low + (high - low) * height / 2 for high in highs]

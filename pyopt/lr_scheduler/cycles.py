@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import cos, floor, pi
 from typing import Any
 
 from pyopt.checks import at_least, flag, fraction, non_negative, positive
 from pyopt.lr_scheduler.base import LRScheduler, each, function, one_of, or_none, per_group
+
+Values = tuple[list[float], list[float]]  # of lr and of momentum, per group
 
 
 class _Cycle(LRScheduler):
@@ -19,17 +21,38 @@ class _Cycle(LRScheduler):
     def check_arguments(self) -> None:
         super().check_arguments()
         self._cycles = self.cycle_momentum
-        # What does not change from step to step, and what lr and momentum of a step share.
-        self._levels: tuple[list[Any], list[Any]] = ([], [])
+        self._rows: list[Any] = []
         self._step = -1
-        self._now: tuple[Any, ...] = ()
+        self._now: Values = ([], [])
         for i, group in enumerate(self.optimizer.param_groups if self.cycle_momentum else ()):
             if "momentum" not in group and "betas" not in group:
                 raise ValueError(f"cycle_momentum == True, but param group {i} has neither 'momentum' nor 'betas'")
 
-    def _per_group(self, *names: str, groups: int) -> list[tuple[float, ...]]:
+    def _per_group(self, groups: int, *names: str) -> Iterator[tuple[float, ...]]:
         """Per group the values of some arguments."""
-        return list(zip(*(each(name, getattr(self, name), groups) for name in names), strict=True))
+        return zip(*(each(name, getattr(self, name), groups) for name in names), strict=True)
+
+    def _rows_of(self, groups: int) -> list[Any]:
+        """Per group the levels: what does not change from step to step."""
+        raise NotImplementedError
+
+    def _values(self, step: int) -> Values:
+        """What lr and momentum are at a step, of the rows."""
+        raise NotImplementedError
+
+    def _at(self, step: int, groups: int) -> Values:
+        if step != self._step or groups != len(self._rows):
+            if groups != len(self._rows):
+                self._rows = self._rows_of(groups)
+            self._now = self._values(step)
+            self._step = step
+        return self._now
+
+    def values_at(self, step: int, base_lrs: Sequence[float]) -> list[float]:
+        return self._at(step, len(base_lrs))[0]
+
+    def _momenta_at(self, step: int, groups: int) -> list[float]:
+        return self._at(step, groups)[1]
 
 
 class CyclicLR(_Cycle):
@@ -114,15 +137,6 @@ class CyclicLR(_Cycle):
         self._total = up + float(up if self.step_size_down is None else self.step_size_down)
         self._ratio = up / self._total
 
-    def _at(self, step: int) -> tuple[Any, ...]:
-        """How far lr is from base_lr to max_lr, and the scale."""
-        if step != self._step:
-            cycle = floor(1 + step / self._total)
-            x = 1.0 + step / self._total - cycle
-            height = x / self._ratio if x <= self._ratio else (x - 1) / (self._ratio - 1)
-            self._step, self._now = step, (height, self._scale(cycle, step))
-        return self._now
-
     def _scale(self, cycle: int, step: int) -> float:
         if self.scale_fn is not None:
             return float(self.scale_fn(cycle if self.scale_mode == "cycle" else step))
@@ -130,21 +144,21 @@ class CyclicLR(_Cycle):
             return 1.0
         return 0.5 ** (cycle - 1) if self.mode == "triangular2" else float(self.gamma) ** step
 
-    def _levels_of(self, groups: int) -> tuple[list[Any], list[Any]]:
-        """Per group where lr and momentum start from, and how far they go."""
-        if len(self._levels[0]) != groups:
-            lrs = self._per_group("base_lr", "max_lr", groups=groups)
-            momenta = self._per_group("base_momentum", "max_momentum", groups=groups)
-            self._levels = ([(low, high - low) for low, high in lrs], [(high, high - low) for low, high in momenta])
-        return self._levels
+    def _rows_of(self, groups: int) -> list[Any]:
+        """Where lr and momentum start from, and how far they go."""
+        levels = self._per_group(groups, "base_lr", "max_lr", "max_momentum", "base_momentum")
+        return [(lr, max_lr - lr, momentum, momentum - least) for lr, max_lr, momentum, least in levels]
 
-    def values_at(self, step: int, base_lrs: Sequence[float]) -> list[float]:
-        height, scale = self._at(step)
-        return [low + span * height * scale for low, span in self._levels_of(len(base_lrs))[0]]
-
-    def _momenta_at(self, step: int, groups: int) -> list[float]:
-        height, scale = self._at(step)
-        return [high - span * height * scale for high, span in self._levels_of(groups)[1]]
+    def _values(self, step: int) -> Values:
+        cycle = floor(1 + step / self._total)
+        x = 1.0 + step / self._total - cycle
+        height = x / self._ratio if x <= self._ratio else (x - 1) / (self._ratio - 1)
+        scale = self._scale(cycle, step)
+        lrs, momenta = [], []
+        for lr, lr_span, momentum, momentum_span in self._rows:
+            lrs.append(lr + lr_span * height * scale)
+            momenta.append(momentum - momentum_span * height * scale)
+        return lrs, momenta
 
 
 class OneCycleLR(_Cycle):
@@ -245,40 +259,33 @@ class OneCycleLR(_Cycle):
         if self.three_phase:
             self._phases = [(peak, 0, 1), (2 * self.pct_start * self.total_steps - 2, 1, 0), (last, 0, 2)]
 
-    def _at(self, step: int) -> tuple[Any, ...]:
-        """From which level to which lr is on its way, and how far: 0 to 1; with "cos" what is left, 2 to 0."""
-        if step != self._step:
-            total = self.total_steps or 0
-            if step > total:
-                raise ValueError(f"step {step} of OneCycleLR, must be <= total_steps == {total}")
-            position = min(step, total - 1)
-            begin = 0.0
-            for phase in self._phases:
-                if position <= phase[0]:
-                    break
-                begin = phase[0]
-            end, start, to = phase
-            part = (position - begin) / (end - begin) if end > begin else 1.0
-            self._step, self._now = step, (start, to, cos(pi * part) + 1 if self.anneal_strategy == "cos" else part)
-        return self._now
+    def _rows_of(self, groups: int) -> list[Any]:
+        """The three levels of lr, and of momentum."""
+        rows = []
+        for peak, high, low in self._per_group(groups, "max_lr", "max_momentum", "base_momentum"):
+            first = peak / self.div_factor
+            rows.append(((first, peak, first / self.final_div_factor), (high, low, high)))
+        return rows
 
-    def _levels_of(self, groups: int) -> tuple[list[Any], list[Any]]:
-        if len(self._levels[0]) != groups:
-            peaks = self._per_group("max_lr", groups=groups)
-            firsts = [peak / self.div_factor for (peak,) in peaks]
-            lrs = [(low, peak, low / self.final_div_factor) for low, (peak,) in zip(firsts, peaks, strict=True)]
-            momenta = self._per_group("max_momentum", "base_momentum", "max_momentum", groups=groups)
-            self._levels = (lrs, momenta)
-        return self._levels
-
-    def _between(self, step: int, levels: list[tuple[float, ...]]) -> list[float]:
-        start, to, way = self._at(step)
+    def _values(self, step: int) -> Values:
+        total = self._phases[-1][0] + 1
+        if step > total:
+            raise ValueError(f"step {step} of OneCycleLR, must be <= total_steps == {self.total_steps}")
+        position = step if step < total else step - 1
+        begin = 0.0
+        for end, start, to in self._phases:  # noqa: B007
+            if position <= end:
+                break
+            begin = end
+        part = (position - begin) / (end - begin) if end > begin else 1.0
+        lrs, momenta = [], []
         if self.anneal_strategy == "cos":
-            return [level[to] + (level[start] - level[to]) / 2.0 * way for level in levels]
-        return [(level[to] - level[start]) * way + level[start] for level in levels]
-
-    def values_at(self, step: int, base_lrs: Sequence[float]) -> list[float]:
-        return self._between(step, self._levels_of(len(base_lrs))[0])
-
-    def _momenta_at(self, step: int, groups: int) -> list[float]:
-        return self._between(step, self._levels_of(groups)[1])
+            left = cos(pi * part) + 1
+            for lr, momentum in self._rows:
+                lrs.append(lr[to] + (lr[start] - lr[to]) / 2.0 * left)
+                momenta.append(momentum[to] + (momentum[start] - momentum[to]) / 2.0 * left)
+        else:
+            for lr, momentum in self._rows:
+                lrs.append((lr[to] - lr[start]) * part + lr[start])
+                momenta.append((momentum[to] - momentum[start]) * part + momentum[start])
+        return lrs, momenta

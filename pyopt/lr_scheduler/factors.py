@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pyopt.checks import at_least, count, fraction, non_negative
-from pyopt.lr_scheduler.base import Function, LRScheduler, a_list_of, each, function, listed, per_group
+from pyopt.lr_scheduler.base import Function, LRScheduler, a_list_of, each, function, listed, multiplied, per_group
 
 
 class ExponentialLR(LRScheduler):
@@ -231,8 +231,7 @@ class LambdaLR(LRScheduler):
     def values_at(self, step: int, base_lrs: Sequence[float]) -> list[float]:
         f = self.lr_lambda
         if callable(f):
-            factor = float(f(step))
-            return [base * factor for base in base_lrs]
+            return multiplied(base_lrs, float(f(step)))
         functions = each("lr_lambda", f, len(base_lrs))
         return [base * float(f(step)) for base, f in zip(base_lrs, functions, strict=True)]
 
@@ -266,14 +265,18 @@ class MultiplicativeLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def values_at(self, step: int, base_lrs: Sequence[float]) -> list[float]:
-        functions = (self.lr_lambda,) if callable(self.lr_lambda) else each("lr_lambda", self.lr_lambda, len(base_lrs))
+        f = self.lr_lambda
+        functions = [f] if callable(f) else each("lr_lambda", f, len(base_lrs))
         products, known = self.products, self.product_step
         if step < known or len(products) != len(functions):
             products, known = [1.0] * len(functions), 0
         while known < step:
             known += 1
-            products = [product * float(f(known)) for product, f in zip(products, functions, strict=True)]
+            if len(products) == 1:
+                products = [products[0] * float(functions[0](known))]
+            else:
+                products = [product * float(f(known)) for product, f in zip(products, functions, strict=True)]
         self.products, self.product_step = products, known  # so that the next step takes one call
         if len(products) == 1:
-            return [base * products[0] for base in base_lrs]
+            return multiplied(base_lrs, products[0])
         return [base * product for base, product in zip(base_lrs, products, strict=True)]
