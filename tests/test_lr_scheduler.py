@@ -266,13 +266,20 @@ def test_base_is_from_before_any_schedule():
     assert [group["initial_lr"] for group in optimizer.param_groups] == BASES
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "fast"])
-def test_a_bad_value_changes_nothing(value):
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("make", [lrs.LambdaLR, lrs.MultiplicativeLR])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "fast", None, 1j])
+def test_a_bad_value_changes_nothing(make, value, many):
     optimizer = new_optimizer()
-    scheduler = lrs.LambdaLR(optimizer, lambda step: value if step == 2 else 1.0)
+
+    def bad(step):
+        return value if step == 2 else 1.0
+
+    scheduler = make(optimizer, [bad, bad] if many else bad)
     scheduler.step()
     state, rates = scheduler.state_dict(), rates_of(optimizer)
-    with pytest.raises(ValueError, match=r"fast|at step 2, must be finite and >= 0"):
+    message = r"at step 2, must be finite and >= 0|lr_lambda\(2\) returned .*, must be a number"
+    with pytest.raises((TypeError, ValueError), match=message):
         scheduler.step()
     assert (scheduler.state_dict(), rates_of(optimizer)) == (state, rates)
 
@@ -296,6 +303,26 @@ def test_arguments_become_plain():
     scheduler.step(3)
     assert rates_of(scheduler.optimizer)[0] == 0.5 * float(np.float32(0.9)) ** 3
     assert lrs.MultiStepLR(new_optimizer(), np.array([3, 1])).state_dict()["milestones"] == [1, 3]
+
+
+def test_numbers_of_numpy_are_saved_as_pythons():
+    scheduler = lrs.ExponentialLR(new_optimizer(), 0.9)
+    scheduler.step(np.int64(3))
+    scheduler.base_lrs[0] = np.float64(0.25)
+    assert json.loads(json.dumps(scheduler.state_dict()))["base_lrs"] == [0.25, 0.1]
+    scheduler.step()
+    assert {type(lr) for lr in rates_of(scheduler.optimizer)} == {float}
+
+
+def test_changed_arguments():
+    scheduler = lrs.CyclicLR(new_optimizer(), 0.0, 1.0, 10)
+    scheduler.max_lr = 2.0
+    scheduler.check_arguments()
+    scheduler.step(10)
+    assert rates_of(scheduler.optimizer) == [2.0, 2.0]
+    scheduler.max_lr = -1
+    with pytest.raises(ValueError, match="max_lr == -1"):
+        scheduler.check_arguments()
 
 
 def test_own_schedule_needs_a_function():

@@ -28,6 +28,8 @@ class LRScheduler:
       combined by `ChainedScheduler` and `SequentialLR`.
     - An lr that is a tensor is filled in place.
 
+    The arguments are attributes; `check_arguments()` puts into effect what was changed in them.
+
     A schedule of your own is a function, given to `LambdaLR`; or a subclass that overrides `factor_at`, or `values_at`
     where lr is no multiple of the base. Its public attributes are saved; `checks` may name a check for each.
 
@@ -126,6 +128,7 @@ class LRScheduler:
             epoch = self.last_epoch + 1
         else:
             self.check_position(epoch)
+            epoch = plain("epoch", epoch)
         self._go(epoch, groups, self._last_lr)
 
     def check_position(self, epoch: Any) -> None:
@@ -195,7 +198,7 @@ class LRScheduler:
         Functions are not saved: give the same when resuming.
         """
         self._take_new(self.optimizer.param_groups)
-        return {**self._state(), "base_lrs": list(self.base_lrs), "last_epoch": self.last_epoch}
+        return {**self._state(), "base_lrs": plain("base_lrs", self.base_lrs), "last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned; also sets the lr of that step, which torch leaves alone.
@@ -255,6 +258,15 @@ def multiplied(base_lrs: Sequence[float], factor: float) -> list[float]:
     if len(base_lrs) == 1:  # the usual case, which a list comprehension makes 0.1 us slower
         return [base_lrs[0] * factor]
     return [base * factor for base in base_lrs]
+
+
+def returned(name: str, f: Function, argument: int) -> float:
+    """What a function of the user's own returns, which must be a number."""
+    value = f(argument)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}({argument}) returned {value!r}, must be a number") from None
 
 
 # --- param groups -----------------------------------------------------------------------------------------------------

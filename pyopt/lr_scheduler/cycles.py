@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import cos, floor, pi
 from typing import Any
 
 from pyopt.checks import at_least, flag, fraction, non_negative, positive
-from pyopt.lr_scheduler.base import LRScheduler, each, function, one_of, or_none, per_group
+from pyopt.lr_scheduler.base import Function, LRScheduler, each, function, one_of, or_none, per_group, returned
 
 Values = tuple[list[float], list[float]]  # of lr and of momentum, per group
 
@@ -111,7 +111,7 @@ class CyclicLR(_Cycle):
         step_size_down: float | None = None,
         mode: str = "triangular",
         gamma: float = 1.0,
-        scale_fn: Callable[[float], float] | None = None,
+        scale_fn: Function | None = None,
         scale_mode: str = "cycle",
         cycle_momentum: bool = True,
         base_momentum: float | Sequence[float] = 0.8,
@@ -139,7 +139,7 @@ class CyclicLR(_Cycle):
 
     def _scale(self, cycle: int, step: int) -> float:
         if self.scale_fn is not None:
-            return float(self.scale_fn(cycle if self.scale_mode == "cycle" else step))
+            return returned("scale_fn", self.scale_fn, cycle if self.scale_mode == "cycle" else step)
         if self.mode == "triangular":
             return 1.0
         return 0.5 ** (cycle - 1) if self.mode == "triangular2" else float(self.gamma) ** step

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pyopt.checks import at_least, count, fraction, non_negative
-from pyopt.lr_scheduler.base import Function, LRScheduler, a_list_of, each, function, listed, multiplied, per_group
+from pyopt.lr_scheduler.base import (
+    Function,
+    LRScheduler,
+    a_list_of,
+    each,
+    function,
+    listed,
+    multiplied,
+    per_group,
+    returned,
+)
 
 
 class ExponentialLR(LRScheduler):
@@ -231,9 +242,9 @@ class LambdaLR(LRScheduler):
     def values_at(self, step: int, base_lrs: Sequence[float]) -> list[float]:
         f = self.lr_lambda
         if callable(f):
-            return multiplied(base_lrs, float(f(step)))
+            return multiplied(base_lrs, returned("lr_lambda", f, step))
         functions = each("lr_lambda", f, len(base_lrs))
-        return [base * float(f(step)) for base, f in zip(base_lrs, functions, strict=True)]
+        return [base * returned("lr_lambda", f, step) for base, f in zip(base_lrs, functions, strict=True)]
 
 
 class MultiplicativeLR(LRScheduler):
@@ -273,9 +284,12 @@ class MultiplicativeLR(LRScheduler):
         while known < step:
             known += 1
             if len(products) == 1:
-                products = [products[0] * float(functions[0](known))]
+                products = [products[0] * returned("lr_lambda", functions[0], known)]
             else:
-                products = [product * float(f(known)) for product, f in zip(products, functions, strict=True)]
+                factors = [returned("lr_lambda", f, known) for f in functions]
+                products = [product * factor for product, factor in zip(products, factors, strict=True)]
+        if not all(0 <= product < math.inf for product in products):
+            raise ValueError(f"MultiplicativeLR: products == {products} at step {step}, must be finite and >= 0")
         self.products, self.product_step = products, known  # so that the next step takes one call
         if len(products) == 1:
             return multiplied(base_lrs, products[0])
