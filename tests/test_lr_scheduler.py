@@ -117,8 +117,11 @@ def test_group_added_later(make):
         from_start.step()
         if step == 20:
             scheduler.optimizer.add_param_group({"params": [np.zeros(1)], "lr": 0.5})
-            if step % 2:
-                scheduler.state_dict()
+            saved = scheduler.state_dict()
+            resumed = make(lrs, new_optimizer([0.5, 0.1, 0.5]))
+            resumed.load_state_dict(saved)
+            assert rates_of(resumed.optimizer)[:2] == rates_of(scheduler.optimizer)[:2]
+            assert saved["base_lrs"] == [0.5, 0.1, 0.5]
         scheduler.step()
         expected = rates_of(from_start.optimizer)
         assert rates_of(scheduler.optimizer) == (expected if step >= 20 else expected[:2])
@@ -332,6 +335,29 @@ def test_own_schedule_needs_a_function():
 
     with pytest.raises(TypeError, match=r"Nothing must override factor_at\(step\), or values_at"):
         Nothing(new_optimizer())
+
+
+class Table(lrs.LRScheduler):
+    def __init__(self, optimizer, table):
+        self.table = table
+        super().__init__(optimizer)
+
+    def factor_at(self, step):
+        return np.array(self.table)[step]
+
+
+def test_own_schedule():
+    """Its public attributes are its state, and lr a float whatever it returns."""
+    scheduler = Table(new_optimizer(), [1.0, 0.5, 0.25])
+    scheduler.step()
+    assert rates_of(scheduler.optimizer) == [0.25, 0.05]
+    assert {type(group["lr"]) for group in scheduler.optimizer.param_groups} == {float}
+    saved = scheduler.state_dict()
+    assert saved == {"table": [1.0, 0.5, 0.25], "base_lrs": BASES, "last_epoch": 1}
+    resumed = Table(new_optimizer(), [1.0])
+    resumed.load_state_dict(saved)
+    resumed.table[2] = 0.0
+    assert saved["table"] == scheduler.table == [1.0, 0.5, 0.25]
 
 
 def test_own_schedule_with_what_cannot_be_saved():

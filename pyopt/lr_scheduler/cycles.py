@@ -268,16 +268,14 @@ class OneCycleLR(_Cycle):
         return rows
 
     def _values(self, step: int) -> Values:
-        total = self._phases[-1][0] + 1
-        if step > total:
+        if step > self._phases[-1][0] + 1:
             raise ValueError(f"step {step} of OneCycleLR, must be <= total_steps == {self.total_steps}")
-        position = step if step < total else step - 1
         begin = 0.0
         for end, start, to in self._phases:  # noqa: B007
-            if position <= end:
+            if step <= end:
                 break
-            begin = end
-        part = (position - begin) / (end - begin) if end > begin else 1.0
+            begin = end  # behind the last step too, whose values then stay
+        part = (step - begin) / (end - begin) if end > begin else 1.0
         lrs, momenta = [], []
         if self.anneal_strategy == "cos":
             left = cos(pi * part) + 1
