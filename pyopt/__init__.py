@@ -7,7 +7,9 @@ except ModuleNotFoundError as error:
     if error.name == "pyopt._engine":
         error.msg += ": this copy of pyopt is not built; in a clone run `pip install -e .`, or leave its folder"
     raise
+from pyopt import lr_scheduler as lr_scheduler
 from pyopt.config import show_config as show_config
+from pyopt.decay import no_decay as no_decay
 from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers import ADOPT as ADOPT
 from pyopt.optimizers import ASGD as ASGD

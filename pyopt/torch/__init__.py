@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.optim
 
+from pyopt.decay import no_decay as no_decay
 from pyopt.torch.convert import from_torch as from_torch
 from pyopt.torch.convert import to_torch as to_torch
 from pyopt.torch.explain import explain as explain
@@ -35,6 +36,7 @@ from pyopt.torch.optimizers import SGDScheduleFree as SGDScheduleFree
 _OWN = [
     "explain",
     "from_torch",
+    "no_decay",
     "to_torch",
     "SGD",
     "Adagrad",
