@@ -7,8 +7,8 @@ ctypedef void (*Span32)(float *restrict, const float *restrict, float *restrict,
 ctypedef void (*Span64)(double *restrict, const double *restrict, double *restrict, double *restrict,
                         double *restrict, double *restrict, Py_ssize_t, const void *) noexcept nogil
 
-# What a rule that needs sums over whole tensors does first, over n elements, at most BLOCK: it may update state, and adds
-# up to SUMS quantities per element in double (`folded`).
+# What a rule that needs sums over whole tensors does first, over n elements, at most BLOCK: it may update state, and
+# sums up SUMS quantities of each element in double.
 ctypedef void (*Reduce32)(float *restrict, const float *restrict, float *restrict, float *restrict, float *restrict,
                           float *restrict, Py_ssize_t, const void *, double *) noexcept nogil
 ctypedef void (*Reduce64)(double *restrict, const double *restrict, double *restrict, double *restrict,

@@ -35,6 +35,11 @@ cdef class Rule:
         self.kernel.joint = joint
         return self
 
+    @property
+    def has_sums(self):
+        """Whether its steps need sums over whole tensors."""
+        return self.kernel.finish != NULL
+
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
 

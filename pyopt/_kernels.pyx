@@ -366,8 +366,8 @@ cdef int pack_adam_scaled(dict scalars, void *out) except -1:
 
 
 adam_scaled = Rule.make("adam_scaled", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-                        adam_scaled_span[float], adam_scaled_span[double], pack_adam_scaled).after_sums(
-    adam_scaled_sums[float], adam_scaled_sums[double], finish_adam_scaled)
+                        adam_scaled_span[float], adam_scaled_span[double], pack_adam_scaled)\
+    .after_sums(adam_scaled_sums[float], adam_scaled_sums[double], finish_adam_scaled)
 (<Rule>adam).summing = adam_scaled
 
 
@@ -402,8 +402,8 @@ cdef int pack_lars(dict scalars, void *out) except -1:
 
 
 lars = Rule.make("lars", ("momentum_buffer",),
-                 lars_span[float], lars_span[double], pack_lars).after_sums(
-    lars_sums[float], lars_sums[double], finish_lars)
+                 lars_span[float], lars_span[double], pack_lars)\
+    .after_sums(lars_sums[float], lars_sums[double], finish_lars)
 
 
 cdef void lamb_sums(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
@@ -437,8 +437,8 @@ cdef int pack_lamb(dict scalars, void *out) except -1:
 
 
 lamb = Rule.make("lamb", ("exp_avg", "exp_avg_sq"),
-                 lamb_span[float], lamb_span[double], pack_lamb).after_sums(
-    lamb_sums[float], lamb_sums[double], finish_lamb)
+                 lamb_span[float], lamb_span[double], pack_lamb)\
+    .after_sums(lamb_sums[float], lamb_sums[double], finish_lamb)
 
 
 cdef void prodigy_sums(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
@@ -472,8 +472,8 @@ cdef int pack_prodigy(dict scalars, void *out) except -1:
 
 
 prodigy = Rule.make("prodigy", ("exp_avg", "exp_avg_sq", "s", "p0"),
-                    prodigy_span[float], prodigy_span[double], pack_prodigy).after_sums(
-    prodigy_sums[float], prodigy_sums[double], finish_prodigy, joint=True)
+                    prodigy_span[float], prodigy_span[double], pack_prodigy)\
+    .after_sums(prodigy_sums[float], prodigy_sums[double], finish_prodigy, joint=True)
 
 
 # --- no optimizers ----------------------------------------------------------------------------------------------------

@@ -317,13 +317,13 @@ cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, fl
 
 
 # --- rules that need sums over whole tensors --------------------------------------------------------------------------
-# Of an element *_terms makes what is summed, x and y, in double, and may update its state; *_finish makes numbers of the
-# two sums over a tensor; the rule follows.
+# *_terms makes of an element what is summed, x and y, in double, and may update its state; *_finish makes numbers of
+# the two sums over a tensor; the rule follows.
 
 # The rule of Adam, its step clipped by the root mean square of g / sqrt(v), or masked where it goes against g.
 ctypedef struct AdamScaled:
     double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
-    double gradient_factor, decay, mask_factor  # decay = 1 - decay_factor
+    double gradient_factor, decay, mask_factor  # decay = lr * weight_decay, if decoupled
     bint amsgrad, update_clip, cautious
 
 cdef inline void adam_scaled_terms(floating p, floating g, floating* m, floating* v, floating* v_max, double* x,

@@ -356,7 +356,7 @@ cdef class Workspace:
         plan = Plan.__new__(Plan)
         seen = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         optimizer.check_group(group)
-        plan.options = plain(group)
+        plan.options = {**optimizer.later, **plain(group)}
         plan.rule = optimizer.rule_of(plan.options)
         plan.names = optimizer.state_streams(plan.options)
         if plan.names is not None and len(plan.names) > STATES:

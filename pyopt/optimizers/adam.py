@@ -92,7 +92,7 @@ class Adam(Optimizer):
         )
 
     def rule_of(self, group: Group) -> Rule:
-        return self.rule.summing if group.get("update_clip") or group.get("cautious") else self.rule  # type: ignore
+        return self.rule.summing if group["update_clip"] or group["cautious"] else self.rule  # type: ignore
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]
@@ -109,7 +109,8 @@ class Adam(Optimizer):
             "gradient_factor": -1 if group["maximize"] else 1,
             "amsgrad": group["amsgrad"],
         }
-        clip, cautious = group.get("update_clip", False), group.get("cautious", False)
+        clip, cautious = group["update_clip"], group["cautious"]
         if clip or cautious:
-            h |= {"decay": 1 - h["decay_factor"], "mask_factor": 1, "update_clip": clip, "cautious": cautious}
+            h |= {"decay": lr * weight_decay if decoupled else 0, "mask_factor": 1}
+            h |= {"update_clip": clip, "cautious": cautious}
         return h

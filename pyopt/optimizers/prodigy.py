@@ -10,8 +10,11 @@ from pyopt._isa import kernels
 from pyopt.checks import Check, flag, non_negative, number, positive
 from pyopt.optimizer import Group, Optimizer
 
-# What d, which is one for all parameters, is made with.
-COMMON = ("d0", "d_coef", "d", "d_numerator", "beta3")
+
+def _common(group: Group) -> dict[str, float]:
+    """What d, which is one for all parameters, is made with."""
+    beta3 = math.sqrt(group["betas"][1]) if group["beta3"] is None else group["beta3"]
+    return {"beta3": beta3, **{name: group[name] for name in ("d0", "d_coef", "d", "d_numerator")}}
 
 
 def _beta3(name: str, value: Any) -> None:
@@ -140,28 +143,24 @@ class Prodigy(OneDistance, Optimizer):
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]
-        beta3 = math.sqrt(beta2) if group["beta3"] is None else group["beta3"]
-        first = self.param_groups[0]
-        for name in COMMON:
-            if group[name] != first[name]:
-                raise ValueError(f"{name} == {group[name]!r} in a group, must be {first[name]!r}, as in the first one")
-        d, lr, weight_decay = group["d"], group["lr"], group["weight_decay"]
+        common = _common(group)
+        for name, first in _common(self.param_groups[0]).items():
+            if common[name] != first:
+                raise ValueError(f"{name} == {common[name]!r} in a group, must be {first!r}, as in the first one")
+        d, d0, lr, weight_decay = group["d"], group["d0"], group["lr"], group["weight_decay"]
         decoupled = group["decoupled_weight_decay"]
         k = d * lr
         if group["bias_correction"]:
             k *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
         return {
-            "d": d,
-            "d_numerator": group["d_numerator"],
+            **{name: common[name] for name in ("d", "d_numerator", "d_coef", "beta3")},
             "step_size": k,
             "beta1": beta1,
             "weight1": (1 - beta1) * d,
             "beta2": beta2,
             "weight2": (1 - beta2) * d * d,
-            "beta3": beta3,
-            "weight3": d / group["d0"] * (d if group["safeguard_warmup"] else k),
-            "numerator_weight": d / group["d0"] * k,
-            "d_coef": group["d_coef"],
+            "weight3": d / d0 * (d if group["safeguard_warmup"] else k),
+            "numerator_weight": d / d0 * k,
             "eps": group["eps"],
             "weight_decay": 0 if decoupled else weight_decay,
             "decay_factor": 1 - k * weight_decay if decoupled else 1,

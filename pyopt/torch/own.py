@@ -41,7 +41,7 @@ class OwnOptimizer(KernelStepMixin, torch.optim.Optimizer):
         side = self._side(self)
         for index, p in left:
             assert p.grad is not None
-            group = plain(self.param_groups[index])
+            group = {**side.later, **plain(self.param_groups[index])}
             state = self.state[p]
             names = list(side.state_names)
             fresh = names[0] not in state

@@ -123,7 +123,7 @@ class KernelStepMixin:
         super().__init_subclass__(**kwargs)
         if core is not None:
             cls._core = core
-            names = ("rule", "counts_steps", "number_states", "shared_numbers", "state_names")
+            names = ("rule", "counts_steps", "number_states", "shared_numbers", "state_names", "later")
             declared = {name: getattr(core, name) for name in names}
             cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
 
@@ -177,6 +177,7 @@ class Side:
     number_states: ClassVar[tuple[str, ...]]
     shared_numbers: ClassVar[tuple[str, ...]]
     state_names: ClassVar[Any]
+    later: ClassVar[Any]  # what older torch has not in its groups
 
     def __init__(self, optimizer: KernelStepMixin) -> None:
         self.optimizer = optimizer
@@ -186,10 +187,7 @@ class Side:
         """torch checks in its constructors alone."""
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
-        """The numbers of the rule; older torch has fewer hyper-parameters in its groups."""
-        later = self.core.later
-        if not later.keys() <= group.keys():
-            group = {**later, **group}
+        """The numbers of the rule."""
         try:
             return self.core.scalars(self, group, step)  # type: ignore[arg-type]
         except (ArithmeticError, TypeError, ValueError):  # torch takes anything in a group: say which option it is
