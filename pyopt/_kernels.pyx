@@ -318,20 +318,33 @@ adamw_schedule_free = Rule.make("adamw_schedule_free", ("z", "exp_avg_sq"), adam
 
 cdef double folded(double *x, Py_ssize_t n) noexcept nogil:
     """The sum of n terms: those behind the largest power of 2 below n onto the first, until one is left."""
-    cdef Py_ssize_t half
-    while n > 1:
-        half = 1
+    cdef Py_ssize_t half = 1
+    if n & (n - 1):
         while 2 * half < n:
             half *= 2
-        add(x, x + half, n - half)
+        fold(x, x + half, n - half)
         n = half
+    while n >= 8:
+        n //= 8
+        fold_thrice(x, x + n, n)
+    while n > 1:
+        n //= 2
+        fold(x, x + n, n)
     return x[0] if n > 0 else 0
 
 
-cdef void add(double *restrict x, const double *restrict y, Py_ssize_t n) noexcept nogil:
+cdef void fold(double *restrict x, const double *restrict y, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
         x[i] = x[i] + y[i]
+
+
+cdef void fold_thrice(double *restrict x, const double *restrict y, Py_ssize_t n) noexcept nogil:
+    """8 * n terms at once, with each loaded once."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = (((x[i] + y[i + 3 * n]) + (y[i + n] + y[i + 5 * n]))
+                + ((y[i] + y[i + 4 * n]) + (y[i + 2 * n] + y[i + 6 * n])))
 
 
 cdef void adam_scaled_sums(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,

@@ -334,9 +334,11 @@ cdef inline void adam_scaled_terms(floating p, floating g, floating* m, floating
     cdef floating u = v[0]
     if h.amsgrad:
         u = v_max[0] = larger(v_max[0], u)
-    cdef floating r = g / larger(root(u) * <floating>h.inverse_sqrt_bias_correction2, <floating>h.eps)
-    x[0] = <double>r * <double>r
     y[0] = 1 if m[0] * g > 0 else 0
+    x[0] = 0
+    if h.update_clip:
+        u = g / larger(root(u) * <floating>h.inverse_sqrt_bias_correction2, <floating>h.eps)
+        x[0] = <double>u * <double>u
 
 cdef inline void adam_scaled_finish(AdamScaled* h, const double* sums, Py_ssize_t size) noexcept nogil:
     cdef double rms = sqrt(sums[0] / size), share = sums[1] / size

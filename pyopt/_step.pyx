@@ -450,7 +450,7 @@ cdef class Workspace:
                 break
             if not isfinite(x):
                 raise ValueError(f"{<object>key} == {x} in step {step}, must be finite: {options}")
-            if fabs(x) > FLT_MAX and too_large is None:
+            if fabs(x) > FLT_MAX and too_large is None and <object>key not in self.shared_numbers:  # these stay double
                 too_large = f"{<object>key} == {x} in step {step}, must be at most 3.4e38 in float32: {options}"
         self.numbers[len(self.new_counts)].kernel = &plan.rule.kernel
         plan.rule.pack(scalars, self.numbers[len(self.new_counts)].value)

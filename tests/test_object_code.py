@@ -80,7 +80,8 @@ SUMS = [name for name, value in vars(_kernels).items() if isinstance(value, Rule
 LOOPS = {
     **{rule: (2, rf"\(__pyx_v_p\[.* = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}\(") for rule in RULES},
     **{f"terms of {rule}": (2, rf"__pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}_terms\(\(__pyx_v_p") for rule in SUMS},
-    "sum of terms": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
+    "fold": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
+    "fold_thrice": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(\(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
 }
 
 
