@@ -279,8 +279,7 @@ BRIEF = [
 
 DTYPES = [np.float32, np.float64]
 
-# 0, 1, every width of a vector in elements minus and plus one, whole lines of the cut, blocks of sums, and sizes of several
-# parts.
+# 0, 1, every width of a vector in elements minus and plus one, whole lines of the cut, blocks of sums, several parts.
 WIDTHS = sorted({max(0, k * w + d) for w in (1, 2, 4, 8, 16, 32, 64) for k in (1, 3) for d in (-1, 0, 1)})
 SIZES = [*WIDTHS, 1023, 1024, 1025, 2048, 3000, 16383, 16384, 16385, 40_000, 70_001]
 

@@ -82,8 +82,8 @@ CLASSES = pytest.mark.parametrize("cls, options", ONE.values())
 TYPES = pytest.mark.parametrize("dtype", DTYPES)
 GROUP_KEYS = {
     SGD: "lr momentum dampening weight_decay nesterov maximize",
-    Adam: "lr betas eps weight_decay amsgrad maximize decoupled_weight_decay",
-    AdamW: "lr betas eps weight_decay amsgrad maximize decoupled_weight_decay",
+    Adam: "lr betas eps weight_decay amsgrad maximize update_clip cautious decoupled_weight_decay",
+    AdamW: "lr betas eps weight_decay amsgrad maximize update_clip cautious decoupled_weight_decay",
     RMSprop: "lr momentum alpha eps centered weight_decay maximize",
     Adagrad: "lr lr_decay eps weight_decay initial_accumulator_value maximize",
     Lion: "lr betas weight_decay maximize",

@@ -24,7 +24,9 @@ def check_against_oracle(case: Case, params: list[pyopt.Parameter], steps: int, 
         optimizer.step()
         for name, value in shared.items():
             number = optimizer.param_groups[0][name]
-            assert number == value and type(number) is float, f"{case} step {step + 1} {name}: {number}, must be {value}"
+            assert number == value and type(number) is float, (
+                f"{case} step {step + 1} {name}: {number}, must be {value}"
+            )
         for i, (p, (data, state)) in enumerate(zip(params, expected, strict=True)):
             what = f"{case} {p.data.dtype} {p.data.shape} step {step + 1} parameter {i}"
             assert_same_bits(p.data, data, what)

@@ -66,9 +66,7 @@ class LAMB(Optimizer):
     ) -> None:
         super().__init__(
             params,
-            dict(
-                lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, trust_ratio=trust_ratio, maximize=maximize
-            ),
+            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, trust_ratio=trust_ratio, maximize=maximize),
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

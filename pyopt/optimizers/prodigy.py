@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyopt._isa import kernels
-from pyopt.checks import Check, flag, non_negative, number, positive
+from pyopt.checks import Check, flag, number, positive
 from pyopt.optimizer import Group, Optimizer
 
 
@@ -145,7 +145,7 @@ class Prodigy(OneDistance, Optimizer):
         beta1, beta2 = group["betas"]
         common = _common(group)
         for name, first in _common(self.param_groups[0]).items():
-            if common[name] != first:
+            if common[name] != first and common[name] == common[name]:  # NaN shows by itself
                 raise ValueError(f"{name} == {common[name]!r} in a group, must be {first!r}, as in the first one")
         d, d0, lr, weight_decay = group["d"], group["d0"], group["lr"], group["weight_decay"]
         decoupled = group["decoupled_weight_decay"]
