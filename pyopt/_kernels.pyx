@@ -374,7 +374,7 @@ cdef void finish_adam_scaled(void *scalars, const double *sums, Py_ssize_t size)
 
 
 cdef int pack_adam_scaled(dict scalars, void *out) except -1:
-    (<rules.AdamScaled *>out)[0] = scalars
+    (<rules.AdamScaled *>out)[0] = {**scalars, "mask_factor": 1}
     return 0
 
 

@@ -323,7 +323,7 @@ cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, fl
 # The rule of Adam, its step clipped by the root mean square of g / sqrt(v), or masked where it goes against g.
 ctypedef struct AdamScaled:
     double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
-    double gradient_factor, decay, mask_factor  # decay = lr * weight_decay, if decoupled
+    double gradient_factor, mask_factor
     bint amsgrad, update_clip, cautious
 
 cdef inline void adam_scaled_terms(floating p, floating g, floating* m, floating* v, floating* v_max, double* x,
@@ -344,7 +344,7 @@ cdef inline void adam_scaled_finish(AdamScaled* h, const double* sums, Py_ssize_
     cdef double rms = sqrt(sums[0] / size), share = sums[1] / size
     if h.update_clip and not rms <= 1:  # NaN shows
         h.step_size /= rms
-        h.decay_factor = 1 - h.decay / rms
+        h.decay_factor = 1 - (1 - h.decay_factor) / rms
     h.mask_factor = 1 / (share if share > 1e-3 else 1e-3)
 
 cdef inline floating adam_scaled(floating p, floating g, floating* m, floating* v, floating* v_max,

@@ -453,6 +453,8 @@ cdef class Workspace:
             if fabs(x) > FLT_MAX and too_large is None and <object>key not in self.shared_numbers:  # these stay double
                 too_large = f"{<object>key} == {x} in step {step}, must be at most 3.4e38 in float32: {options}"
         self.numbers[len(self.new_counts)].kernel = &plan.rule.kernel
+        if plan.rule.kernel.finish != NULL:  # its numbers can be options as they are
+            scalars = {**options, **scalars}
         plan.rule.pack(scalars, self.numbers[len(self.new_counts)].value)
         self.slot_errors.append(too_large)
         self.new_counts.append(counts)

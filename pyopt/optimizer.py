@@ -210,6 +210,8 @@ class Optimizer(Hooked):
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
 
+        Of a rule with sums, those fields that are options by their name come from the group.
+
         Args:
             group: the hyper-parameters, and what `next_numbers` returned, by name.
             step: the number of this step of a parameter, from 1; without `counts_steps` 2 for all but the first.

@@ -95,8 +95,9 @@ def adam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     if h["cautious"]:
         agrees = m * g > 0
         mask = agrees * f(1 / max(mean(agrees), 1e-3))
-    decay = h["lr"] * h["weight_decay"] / rms if h["decoupled_weight_decay"] else 0
-    return p * f(1 - decay) - f(h["lr"] / (1 - beta1**t) / rms) * m / (root + f(h["eps"])) * mask, new
+    kept = 1 - h["lr"] * h["weight_decay"] if h["decoupled_weight_decay"] else 1
+    kept = kept if rms == 1 else 1 - (1 - kept) / rms
+    return p * f(kept) - f(h["lr"] / (1 - beta1**t) / rms) * m / (root + f(h["eps"])) * mask, new
 
 
 def nan_is_largest(x: float) -> tuple[bool, float]:

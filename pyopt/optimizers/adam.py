@@ -97,7 +97,7 @@ class Adam(Optimizer):
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]
         lr, weight_decay, decoupled = group["lr"], group["weight_decay"], group["decoupled_weight_decay"]
-        h = {
+        return {
             "step_size": lr / (1 - beta1**step),
             "weight1": 1 - beta1,
             "beta2": beta2,
@@ -109,8 +109,3 @@ class Adam(Optimizer):
             "gradient_factor": -1 if group["maximize"] else 1,
             "amsgrad": group["amsgrad"],
         }
-        clip, cautious = group["update_clip"], group["cautious"]
-        if clip or cautious:
-            h |= {"decay": lr * weight_decay if decoupled else 0, "mask_factor": 1}
-            h |= {"update_clip": clip, "cautious": cautious}
-        return h

@@ -78,8 +78,5 @@ class LAMB(Optimizer):
             "beta2": beta2,
             "weight2": 1 - beta2,
             "inverse_sqrt_bias_correction2": 1 / math.sqrt(1 - beta2**step),
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
             "gradient_factor": -1 if group["maximize"] else 1,
-            "trust_ratio": group["trust_ratio"],
         }

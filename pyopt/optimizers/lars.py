@@ -78,5 +78,4 @@ class LARS(Optimizer):
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
-        names = ("lr", "momentum", "weight_decay", "trust_coefficient", "nesterov", "trust_ratio")
-        return {**{name: group[name] for name in names}, "gradient_factor": -1 if group["maximize"] else 1}
+        return {"lr": group["lr"], "gradient_factor": -1 if group["maximize"] else 1}

@@ -153,7 +153,7 @@ class Prodigy(OneDistance, Optimizer):
         if group["bias_correction"]:
             k *= math.sqrt(1 - beta2**step) / (1 - beta1**step)
         return {
-            **{name: common[name] for name in ("d", "d_numerator", "d_coef", "beta3")},
+            "beta3": common["beta3"],
             "step_size": k,
             "beta1": beta1,
             "weight1": (1 - beta1) * d,
@@ -161,7 +161,6 @@ class Prodigy(OneDistance, Optimizer):
             "weight2": (1 - beta2) * d * d,
             "weight3": d / d0 * (d if group["safeguard_warmup"] else k),
             "numerator_weight": d / d0 * k,
-            "eps": group["eps"],
             "weight_decay": 0 if decoupled else weight_decay,
             "decay_factor": 1 - k * weight_decay if decoupled else 1,
             "gradient_factor": -1 if group["maximize"] else 1,

@@ -121,7 +121,7 @@ def rows_of(optimizer: Any, left: list[tuple[int, Tensor]], factor: float) -> It
             for name in side.number_states:
                 state[name].fill_(numbers[name])
             group.update(numbers)
-        h = side.scalars(group, step)
+        h = {**group, **side.scalars(group, step)}
         g = wide(_real(p.grad)) * (h["gradient_factor"] * factor)
         yield h, [_real(p), *(_real(state[name]) for name in names)], g
 
@@ -219,7 +219,7 @@ def adam_scaled(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tens
     if h["update_clip"]:
         rms = _norm(g / root.clamp(min=h["eps"])) / math.sqrt(max(p.numel(), 1))
         if not rms <= 1:
-            step_size, decay_factor = step_size / rms, 1 - h["decay"] / rms
+            step_size, decay_factor = step_size / rms, 1 - (1 - decay_factor) / rms
     step = step_size * m / (root + h["eps"])
     if h["cautious"]:
         agrees = m * g > 0
