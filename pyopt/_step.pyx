@@ -24,7 +24,7 @@ from libc.math cimport fabs, isfinite
 from libc.stdlib cimport qsort
 from libc.string cimport memcmp, memcpy, memset
 
-from pyopt._engine cimport ROW_COST, STATES, SUMS, Numbers, Rule, Work, number_blocks, sweep
+from pyopt._engine cimport ROW_COST, STATES, SUMS, Numbers, Work, number_blocks, sweep
 
 import os
 

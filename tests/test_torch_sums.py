@@ -144,3 +144,24 @@ def test_prodigy_has_the_bits_and_d_of_the_numpy_side() -> None:
     loaded = pyopt.Prodigy([np.ones((50, 40), np.float32), np.ones(7, np.float32)])
     loaded.load_state_dict(optim.from_torch(ours.state_dict()))
     assert loaded.param_groups[0]["d"] == ours.param_groups[0]["d"]
+
+
+def test_parts_of_parameters_are_refused() -> None:
+    """A DTensor has a part of its elements here, and a sum over that would be taken for one over all."""
+    dist = pytest.importorskip("torch.distributed.tensor")
+    if not torch.distributed.is_available() or torch.distributed.is_initialized():
+        pytest.skip("no process group can be made here")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        p = torch.nn.Parameter(dist.distribute_tensor(torch.ones(4, 3), mesh, [dist.Shard(0)]))
+        p.grad = dist.distribute_tensor(torch.ones(4, 3), mesh, [dist.Shard(0)])
+        optimizers: list[tuple[str, dict[str, Any]]] = [("LAMB", {}), ("Prodigy", {}), ("AdamW", {"cautious": True})]
+        for name, options in optimizers:
+            with pytest.raises(RuntimeError, match=f"{name} needs sums over whole parameters, and one is a DTensor"):
+                getattr(optim, name)([p], **options).step()
+        assert torch.equal(p.full_tensor(), torch.ones(4, 3))
+        optim.AdamW([p], lr=0.1).step()
+        assert not torch.equal(p.full_tensor(), torch.ones(4, 3))
+    finally:
+        torch.distributed.destroy_process_group()

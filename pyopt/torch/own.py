@@ -260,5 +260,5 @@ def prodigy_sums(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, 
     return along, float(s.abs().sum(dtype=torch.float64)), m, v, s, p0
 
 
-def prodigy(h: Any, d: float, p: Tensor, m: Tensor, v: Tensor) -> Tensor:
+def prodigy(h: Any, d: float, p: Tensor, m: Tensor, v: Tensor) -> Any:
     return p * h["decay_factor"] - h["step_size"] * m / (v.sqrt() + h["eps"] * d)
