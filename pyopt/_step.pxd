@@ -137,6 +137,7 @@ cdef class Workspace:
     # What a kind of arrays answers.
     cdef int take(self, Row *row, Py_ssize_t index) except -1
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1
+    cdef int check_entry(self, Row *row, Py_ssize_t index) except -1
     cdef bint holds(self, PyObject *entry, name) except -1
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2
     cdef dict make_state(self, Row *row, Plan plan, optimizer)

@@ -384,6 +384,7 @@ cdef class Workspace:
                 what = type(<object>entry).__name__
                 raise TypeError(f"{label(index, <object>row.param)}: its state is a {what}, must be a dict")
             hold(&row.entry, <object>entry)
+            self.check_entry(row, index)
         if plan.stateless:
             return 2
         if entry == NULL or not self.holds(entry, plan.first_name):
@@ -712,6 +713,10 @@ cdef class Workspace:
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
         """Check what kind of object a gradient is, or make one of the right kind."""
         raise NotImplementedError
+
+    cdef int check_entry(self, Row *row, Py_ssize_t index) except -1:
+        """Raise where an entry of the state cannot be used safely."""
+        return 0
 
     cdef bint holds(self, PyObject *entry, name) except -1:
         """Whether an entry of the state holds something under this name."""

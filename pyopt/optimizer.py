@@ -243,7 +243,11 @@ class Optimizer(Hooked):
         for name in self.number_states:
             state[name] = float(self.initial_value(name, group))
         for name in filter(None, self.state_streams(group)):
-            state[name] = np.full_like(p.data, self.initial_value(name, group))
+            value = self.initial_value(name, group)
+            if abs(value) > float(np.finfo(p.data.dtype).max):
+                options = {key: value for key, value in group.items() if key in self.defaults}
+                raise ValueError(f"state {name!r} cannot begin at {value!r} in {p.data.dtype}: {options}")
+            state[name] = np.full_like(p.data, value)
         return state
 
     # --- gradients ----------------------------------------------------------------------------------------------------
