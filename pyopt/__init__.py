@@ -14,6 +14,8 @@ from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers import ADOPT as ADOPT
 from pyopt.optimizers import ASGD as ASGD
 from pyopt.optimizers import FTRL as FTRL
+from pyopt.optimizers import LAMB as LAMB
+from pyopt.optimizers import LARS as LARS
 from pyopt.optimizers import SGD as SGD
 from pyopt.optimizers import AdaBelief as AdaBelief
 from pyopt.optimizers import Adadelta as Adadelta
@@ -26,6 +28,7 @@ from pyopt.optimizers import Adan as Adan
 from pyopt.optimizers import AdEMAMix as AdEMAMix
 from pyopt.optimizers import Lion as Lion
 from pyopt.optimizers import NAdam as NAdam
+from pyopt.optimizers import Prodigy as Prodigy
 from pyopt.optimizers import RAdam as RAdam
 from pyopt.optimizers import RMSprop as RMSprop
 from pyopt.optimizers import Rprop as Rprop

@@ -9,6 +9,7 @@ adadelta: Rule
 rmsprop: Rule
 adamax: Rule
 adam: Rule
+adam_scaled: Rule
 adabelief: Rule
 radam: Rule
 nadam: Rule
@@ -18,5 +19,8 @@ adan: Rule
 ftrl: Rule
 sgd_schedule_free: Rule
 adamw_schedule_free: Rule
+lars: Rule
+lamb: Rule
+prodigy: Rule
 interpolation: Rule
 roof: Rule

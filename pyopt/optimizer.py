@@ -59,6 +59,9 @@ class Optimizer(Hooked):
     number_states: ClassVar[tuple[str, ...]] = ()
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
+    # Numbers that a rule makes of all parameters of a step together, kept in every group as options are: the first
+    # fields of its struct.
+    shared_numbers: ClassVar[tuple[str, ...]] = ()
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Options that checkpoints of older torch lack, and what they mean there.
@@ -200,8 +203,14 @@ class Optimizer(Hooked):
 
     # --- what a compiled rule needs -----------------------------------------------------------------------------------
 
+    def rule_of(self, group: Group) -> Rule | None:
+        """The rule for a group; options can ask for the one that needs sums over whole tensors, `rule.summing`."""
+        return self.rule
+
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
+
+        Of a rule with sums, those fields that are options by their name come from the group.
 
         Args:
             group: the hyper-parameters, and what `next_numbers` returned, by name.

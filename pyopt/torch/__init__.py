@@ -16,6 +16,8 @@ from pyopt.torch.explain import explain as explain
 from pyopt.torch.optimizers import ADOPT as ADOPT
 from pyopt.torch.optimizers import ASGD as ASGD
 from pyopt.torch.optimizers import FTRL as FTRL
+from pyopt.torch.optimizers import LAMB as LAMB
+from pyopt.torch.optimizers import LARS as LARS
 from pyopt.torch.optimizers import SGD as SGD
 from pyopt.torch.optimizers import AdaBelief as AdaBelief
 from pyopt.torch.optimizers import Adadelta as Adadelta
@@ -28,6 +30,7 @@ from pyopt.torch.optimizers import Adan as Adan
 from pyopt.torch.optimizers import AdEMAMix as AdEMAMix
 from pyopt.torch.optimizers import Lion as Lion
 from pyopt.torch.optimizers import NAdam as NAdam
+from pyopt.torch.optimizers import Prodigy as Prodigy
 from pyopt.torch.optimizers import RAdam as RAdam
 from pyopt.torch.optimizers import RMSprop as RMSprop
 from pyopt.torch.optimizers import Rprop as Rprop
@@ -55,6 +58,9 @@ _OWN = [
     "AdEMAMix",
     "Adan",
     "FTRL",
+    "LARS",
+    "LAMB",
+    "Prodigy",
     "SGDScheduleFree",
     "AdamWScheduleFree",
 ]
