@@ -234,9 +234,10 @@ params = [pyopt.Parameter(np.ones(n, np.float32)) for n in (1_000_000, 300, 7)]
 optimizer = pyopt.{case.optimizer.__name__}(params, **{case.options!r})
 grads = [np.ones_like(p.data) for p in params]
 optimizer.step(grads=grads)
+others = [-g for g in grads]  # to and fro: Prodigy's estimate grows without end along one direction
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for _ in range(50):
-    for p, g in zip(params, grads): p.grad = g
+for k in range(50):
+    for p, g in zip(params, grads if k % 2 else others): p.grad = g
     optimizer.step()
     optimizer.zero_grad()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

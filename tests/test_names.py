@@ -188,7 +188,8 @@ def test_bare_arrays_without_gradients(cls, options):
         opt.step(grads=[None, None])  # said, not forgotten
     assert [bits(a) for a in arrays] == [bits(random(3)), bits(random(3, seed=1))]
     params_of(opt)[0].grad = random(3, seed=2)
-    opt.step()
+    for _ in range(2):  # ADOPT moves in the second
+        opt.step()
     assert bits(arrays[0]) != bits(random(3))
 
 
