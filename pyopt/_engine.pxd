@@ -32,6 +32,11 @@ cdef struct Numbers:
 
 cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers) noexcept nogil
 
+# A piece of work of another kind than a span, by its number.
+ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil
+
+cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t cost) noexcept nogil
+
 
 cdef class Rule:
     cdef readonly str name
