@@ -15,6 +15,7 @@ from pyopt.optimizers import FTRL as FTRL
 from pyopt.optimizers import SGD as SGD
 from pyopt.optimizers import AdaBelief as AdaBelief
 from pyopt.optimizers import Adadelta as Adadelta
+from pyopt.optimizers import Adafactor as Adafactor
 from pyopt.optimizers import Adagrad as Adagrad
 from pyopt.optimizers import Adam as Adam
 from pyopt.optimizers import Adamax as Adamax

@@ -1,4 +1,5 @@
 from pyopt._engine import Rule
+from pyopt._matrix import Pass
 
 sgd: Rule
 lion: Rule
@@ -19,4 +20,11 @@ ftrl: Rule
 sgd_schedule_free: Rule
 adamw_schedule_free: Rule
 interpolation: Rule
+muon: Rule
+adafactor: Rule
 roof: Rule
+
+squares: Pass
+update_squares: Pass
+update: Pass
+product: Pass

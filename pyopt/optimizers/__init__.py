@@ -2,6 +2,7 @@
 
 from pyopt.optimizers.adabelief import AdaBelief as AdaBelief
 from pyopt.optimizers.adadelta import Adadelta as Adadelta
+from pyopt.optimizers.adafactor import Adafactor as Adafactor
 from pyopt.optimizers.adagrad import Adagrad as Adagrad
 from pyopt.optimizers.adam import Adam as Adam
 from pyopt.optimizers.adamax import Adamax as Adamax
