@@ -24,6 +24,8 @@ from pyopt.optimizers import AdamWScheduleFree as AdamWScheduleFree
 from pyopt.optimizers import Adan as Adan
 from pyopt.optimizers import AdEMAMix as AdEMAMix
 from pyopt.optimizers import Lion as Lion
+from pyopt.optimizers import Muon as Muon
+from pyopt.optimizers import MuonAdamW as MuonAdamW
 from pyopt.optimizers import NAdam as NAdam
 from pyopt.optimizers import RAdam as RAdam
 from pyopt.optimizers import RMSprop as RMSprop

@@ -13,6 +13,8 @@ from pyopt.optimizers.adopt import ADOPT as ADOPT
 from pyopt.optimizers.asgd import ASGD as ASGD
 from pyopt.optimizers.ftrl import FTRL as FTRL
 from pyopt.optimizers.lion import Lion as Lion
+from pyopt.optimizers.muon import Muon as Muon
+from pyopt.optimizers.muon import MuonAdamW as MuonAdamW
 from pyopt.optimizers.nadam import NAdam as NAdam
 from pyopt.optimizers.radam import RAdam as RAdam
 from pyopt.optimizers.rmsprop import RMSprop as RMSprop
