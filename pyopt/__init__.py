@@ -12,6 +12,7 @@ from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers import ADOPT as ADOPT
 from pyopt.optimizers import ASGD as ASGD
 from pyopt.optimizers import FTRL as FTRL
+from pyopt.optimizers import LBFGS as LBFGS
 from pyopt.optimizers import SGD as SGD
 from pyopt.optimizers import AdaBelief as AdaBelief
 from pyopt.optimizers import Adadelta as Adadelta

@@ -2,10 +2,10 @@
 # by passes that write nothing of the user's, and then written at once.
 
 from cpython.dict cimport PyDict_Clear, PyDict_Update
-from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.string cimport memcpy, memset
 
-from pyopt._engine cimport ROW_COST, STATES, Numbers, Rule, Work, run_pieces, sweep
+from pyopt._engine cimport ROW_COST, Numbers, Rule, Work, run_pieces, sweep
 from pyopt._numpy_arrays cimport NPY_DOUBLE, PyArray_DATA, PyArray_TYPE, PyArrayObject
 
 import numpy as np
@@ -96,6 +96,14 @@ cdef class MatrixJob:
         self.matrices.most = most
 
 
+cdef int fill_work(Work *w, Numbers *numbers, Rule rule, dict scalars, p, g) except -1:
+    w.is_double = PyArray_TYPE(<PyArrayObject *>p) == NPY_DOUBLE
+    w.span32, w.span64 = rule.span32, rule.span64
+    w.size = p.size
+    w.stream[0], w.stream[1] = data_of(p), data_of(g)
+    return rule.pack(scalars, numbers)
+
+
 cdef class Writes:
     """What a step writes, collected by methods that can fail and change nothing, and written by one that cannot.
 
@@ -118,11 +126,8 @@ cdef class Writes:
             self.reserve(max(16, 2 * k))
         w = &self.work[k]
         memset(w, 0, sizeof(Work))
-        w.is_double = PyArray_TYPE(<PyArrayObject *>p) == NPY_DOUBLE
-        rule.pack(scalars, &self.numbers[k])
-        w.span32, w.span64 = rule.span32, rule.span64
-        w.size, w.slot, w.start = p.size, k, self.cost
-        w.stream[0], w.stream[1] = data_of(p), data_of(g)
+        fill_work(w, &self.numbers[k], rule, scalars, p, g)
+        w.slot, w.start = k, self.cost
         for j in range(len(states)):
             w.stream[2 + j] = NULL if states[j] is None else data_of(states[j])
         self.held.append((p, g, states))
@@ -192,6 +197,33 @@ def check_scalars(dtype, dict scalars):
             raise ValueError(f"{name} == {value}, must be at most 3.4e38 in float32: an option is too large")
 
 
+def apply_rule(Rule rule, dict scalars, p, g):
+    """A rule without state on an array at once."""
+    cdef Work w
+    cdef Numbers numbers
+    memset(&w, 0, sizeof(w))
+    fill_work(&w, &numbers, rule, scalars, p, g)
+    with nogil:
+        sweep(&w, 1, &numbers)
+
+
 def dot(Pass product, x, y):
     """The sum of x * y in double, of arrays of one type and size, in C order."""
-    return MatrixJob(x.reshape(1, 1, -1), y.reshape(1, 1, -1)).total(product)
+    cdef Matrices job
+    cdef Py_ssize_t i
+    cdef double total = 0
+    memset(&job, 0, sizeof(job))
+    job.count = job.rows = job.row_tiles = 1
+    job.columns = x.size
+    job.column_tiles = (job.columns + TILE_COLUMNS - 1) // TILE_COLUMNS
+    job.is_double = PyArray_TYPE(<PyArrayObject *>x) == NPY_DOUBLE
+    job.p, job.g = data_of(x), data_of(y)
+    job.sums = <double *>PyMem_Malloc(job.column_tiles * sizeof(double))
+    if job.sums == NULL:
+        raise MemoryError("no memory for the sums of a product")
+    with nogil:
+        run_pass(&job, product.tile32, product.tile64)
+        for i in range(job.column_tiles):
+            total += job.sums[i]
+    PyMem_Free(job.sums)
+    return total

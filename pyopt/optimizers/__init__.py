@@ -12,6 +12,7 @@ from pyopt.optimizers.ademamix import AdEMAMix as AdEMAMix
 from pyopt.optimizers.adopt import ADOPT as ADOPT
 from pyopt.optimizers.asgd import ASGD as ASGD
 from pyopt.optimizers.ftrl import FTRL as FTRL
+from pyopt.optimizers.lbfgs import LBFGS as LBFGS
 from pyopt.optimizers.lion import Lion as Lion
 from pyopt.optimizers.muon import Muon as Muon
 from pyopt.optimizers.muon import MuonAdamW as MuonAdamW
