@@ -261,7 +261,7 @@ class Optimizer(Hooked):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _check_entry(self, what: str, entry: dict[str, Any], p: Parameter, group: Group) -> None:
-        """Raise unless the saved state of a parameter is one of this optimizer; makes Python's numbers of its counts."""
+        """Raise unless the saved state of a parameter is one of this optimizer; counts become ints."""
         if self.rule is not None:  # a rule in NumPy may keep what it likes
             _state_dict.check_entry(self, what, entry, p, group)
 

@@ -138,7 +138,9 @@ class PreparedOptimizer(Optimizer):
         for name, shape in shapes.items():
             check_state_values(what, name, entry, blank(p.data, shape))
         if foreign := sorted((known & entry.keys()) - {*shapes, *(["step"] if counts else [])}):
-            raise ValueError(f"{what}: state_dict has {foreign[0]!r}, which a parameter of shape {p.data.shape} has not")
+            raise ValueError(
+                f"{what}: state_dict has {foreign[0]!r}, which a parameter of shape {p.data.shape} has not"
+            )
 
 
 def blank(data: Array, shape: tuple[int, ...]) -> Array:

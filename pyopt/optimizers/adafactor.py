@@ -14,6 +14,8 @@ from pyopt._matrix import MatrixJob, Writes, check_scalars
 from pyopt.optimizer import Group
 from pyopt.optimizers._prepared import Array, PreparedOptimizer, Shapes, lerp
 
+SMALLEST = float(np.finfo(np.float64).tiny)
+
 
 def _not_positive(name: str, value: Any) -> None:
     """A finite number <= 0."""
@@ -139,7 +141,7 @@ class Adafactor(PreparedOptimizer):
         def step_size(p_squares: float, u_squares: float) -> float:
             """Of the update, from sums of squares."""
             scale = max(eps[1], math.sqrt(p_squares / p.size)) if group.get("scale_parameter", True) else 1.0
-            return scale * rate / max(1.0, math.sqrt(u_squares / p.size) / group["d"])
+            return float(scale * rate / max(1.0, math.sqrt(u_squares / p.size) / group["d"]))
 
         move(writes, numbers, least, step_size, p, g, state)
 
@@ -164,8 +166,11 @@ class Adafactor(PreparedOptimizer):
             if not swapped:  # the axes of the matrices do not lie next to each other: on copies
                 after, g = np.ascontiguousarray(p), np.ascontiguousarray(g)
         shape = (-1, *p.shape[-2:])
-        flat = [x.swapaxes(-1, -2).reshape(-1, *x.shape[:-3:-1]) if swapped else x.reshape(shape) for x in (after, g)]
-        job = MatrixJob(*flat)
+        if swapped:
+            shape = (-1, p.shape[-1], p.shape[-2])
+            job = MatrixJob(p.swapaxes(-1, -2).reshape(shape), g.swapaxes(-1, -2).reshape(shape))
+        else:
+            job = MatrixJob(after.reshape(shape), g.reshape(shape))
         row_sums, column_sums, p_squares = job.squares(kernels.squares)
         if swapped:
             row_sums, column_sums = column_sums, row_sums
@@ -174,10 +179,12 @@ class Adafactor(PreparedOptimizer):
             rows = _moved(state["row_var"], row_sums / m, numbers["weight"])
             columns = _moved(state["col_var"], column_sums / n, numbers["weight"])
             wide = rows.reshape(row_sums.shape).astype(np.float64)
-            row_factors = np.sqrt(np.maximum(wide.mean(axis=1, keepdims=True), least)) / np.sqrt(wide)
+            mean = np.maximum(wide.mean(axis=1, keepdims=True), least or SMALLEST)  # 0 / 0 of no gradient is no NaN
+            row_factors = np.sqrt(mean) / np.sqrt(wide)
             column_factors = 1 / np.sqrt(columns.reshape(column_sums.shape).astype(np.float64))
-            factors = (column_factors, row_factors) if swapped else (row_factors, column_factors)
-            job.set_factors(*factors, numbers["most"])
+            if swapped:
+                row_factors, column_factors = column_factors, row_factors
+            job.set_factors(row_factors, column_factors, numbers["most"])
         size = step_size(p_squares, job.total(kernels.update_squares)) * numbers["gradient_factor"]
         if after is p:
             writes.add_update(kernels.update, job, size, numbers["decay_factor"])
@@ -194,4 +201,5 @@ class Adafactor(PreparedOptimizer):
 
 def _moved(variance: Array, mean: Array, weight: float) -> Array:
     """A moving mean after one more, in double, rounded once."""
-    return lerp(variance.astype(np.float64), mean.reshape(variance.shape), weight).astype(variance.dtype)
+    moved: Array = lerp(variance.astype(np.float64), mean.reshape(variance.shape), weight)
+    return moved.astype(variance.dtype)

@@ -81,7 +81,6 @@ class LBFGS(Optimizer):
         "history_size": _at_least_one,
         "line_search_fn": one_of(None, "strong_wolfe"),
     }
-    later: dict[str, Any] = {}
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ def one_of(*choices: Any) -> checks.Check:
     """The check of an option that is one of these."""
 
     def check(name: str, value: Any) -> None:
-        if not any(value is each or isinstance(value, str) and value == each for each in choices):
+        if not any(value is each or (isinstance(value, str) and value == each) for each in choices):
             raise ValueError(f"{name} == {value!r}, must be {' or '.join(map(repr, choices))}")
 
     return check
@@ -74,7 +74,7 @@ class Muon(PreparedOptimizer):
         m = m + (1 - momentum) * (g - m)
         u = g + momentum * (m - g), or m without nesterov
         X = u / max(norm(u), eps), transposed if it has more rows than columns
-        G = X X^T; X = ns_coefficients[0] * X + (ns_coefficients[1] * G + ns_coefficients[2] * G G) X      ns_steps times
+        G = X X^T; X = a * X + (b * G + c * G G) X         ns_steps times, a, b, c = ns_coefficients
         p = (1 - lr * weight_decay) * p - lr * sqrt(max(1, rows / columns)) * X
 
     Args:
@@ -219,7 +219,7 @@ class MuonAdamW(PreparedOptimizer):
 
     state_names = {"momentum_buffer": None, "exp_avg": None, "exp_avg_sq": None}
     checks = {**Muon.checks, "ns_eps": checks.non_negative, "use_muon": one_of(None, True, False)}
-    later: dict[str, Any] = {}
+    later = {"ns_dtype": None}
 
     def __init__(
         self,

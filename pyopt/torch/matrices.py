@@ -1,4 +1,4 @@
-"""The optimizers of matrices on tensors: what pyopt computes aside of them and writes at once, torch's step for the rest."""
+"""The optimizers of matrices on tensors: computed aside and written at once; what cannot be takes torch's step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class PreparedWorkspace(TensorWorkspace):
 
     @torch.no_grad()
     def _step(self, side: Side, factor: float) -> None:
-        rows, left = [], []
+        rows: list[tuple[int, Tensor]] = []
+        left: list[tuple[int, Tensor]] = []
         for index, p, reason in self._rows(side, factor):
             if p.grad is not None:
                 (rows if reason is None else left).append((index, p))
@@ -39,6 +40,7 @@ class PreparedWorkspace(TensorWorkspace):
         writes = Writes()
         touched = []
         for index, p in rows:
+            assert p.grad is not None
             group = {**core.later, **plain(side.param_groups[index])}
             shape, entry = tuple(p.shape), side.state[p]
             core.check_shape(f"a parameter of group {index}", group, shape)
@@ -105,7 +107,12 @@ def reason_for(
     shape = tuple(p.shape)
     for name, expected in core.state_shapes(group, shape).items():
         each = entry.get(name)
-        if not isinstance(each, Tensor) or why_not("it", each) or each.dtype != p.dtype or tuple(each.shape) != expected:
+        if (
+            not isinstance(each, Tensor)
+            or why_not("it", each)
+            or each.dtype != p.dtype
+            or tuple(each.shape) != expected
+        ):
             return f"its state {name!r} is missing, or of another kind, dtype or shape"
         if not (each.is_contiguous() if expected != shape else _lies_like(each, p)):
             return f"its state {name!r} is of another memory order"
@@ -201,10 +208,10 @@ def newton_schulz(u: Tensor, group: Group, eps: float) -> Tensor:
 
 def direction(group: Group, g: Any, state: dict[str, Any], eps: float) -> Any:
     """What a parameter moves along, as torch computes it; of arrays or tensors."""
-    tensors = [torch.as_tensor(each) for each in (state["momentum_buffer"], g)]
-    m = torch.lerp(*tensors, 1 - group["momentum"])
-    u = torch.lerp(tensors[1], m, group["momentum"]) if group["nesterov"] else m
-    return newton_schulz(u, group, eps).to(tensors[0].dtype)
+    g = torch.as_tensor(g)
+    m = torch.as_tensor(state["momentum_buffer"]).lerp(g, 1 - group["momentum"])
+    u = g.lerp(m, group["momentum"]) if group["nesterov"] else m
+    return newton_schulz(u, group, eps).to(g.dtype)
 
 
 NS_DTYPES = {"ns_dtype": one_of(None, "bfloat16", "float32", "float64")}
