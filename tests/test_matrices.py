@@ -278,7 +278,8 @@ def test_lbfgs_finds_the_minimum(dtype: str) -> None:
             p.grad = A @ p.data
             return float(0.5 * p.data @ A @ p.data)
 
-        LBFGS([p], lr=1 if line_search else 0.5, max_iter=100, line_search_fn=line_search).step(quadratic)
+        lr = 1 if line_search else 0.5
+        LBFGS([p], lr, 100, tolerance_change=0.0, line_search_fn=line_search).step(quadratic)
         np.testing.assert_allclose(p.data, 0, atol=1e-6)
 
 

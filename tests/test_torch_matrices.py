@@ -53,7 +53,7 @@ def close(actual: Any, expected: Any, scale: float) -> None:
 @cases
 @both_dtypes
 def test_steps_are_torchs(name: str, options: dict[str, Any], shapes: Any, dtype: Any) -> None:
-    """One to fifty steps. Adafactor differs by rounded sums and roots, Muon by what lr times bfloat16 hides: nothing."""
+    """One to fifty steps. Adafactor differs by rounded sums and roots, Muon in the order of its last operations."""
     ours, theirs = (new_parameters(*shapes, dtype=dtype) for _ in range(2))
     a, b = getattr(optim, name)(ours, **options), getattr(torch.optim, name)(theirs, **options)
     assert a.defaults == b.defaults
@@ -63,7 +63,8 @@ def test_steps_are_torchs(name: str, options: dict[str, Any], shapes: Any, dtype
         for p, q in zip(ours, theirs, strict=True):
             close(p, q, 10 * len(steps))
             for key, value in b.state[q].items():
-                torch.testing.assert_close(a.state[p][key], value, rtol=50 * torch.finfo(dtype).eps, atol=1e-12)
+                scale = torch.finfo(dtype).eps * (float(value.abs().max()) if name == "Muon" else 0)
+                torch.testing.assert_close(a.state[p][key], value, rtol=50 * torch.finfo(dtype).eps, atol=scale)
     assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]
     for p, q in zip(ours, theirs, strict=True):
         assert [*a.state[p]] == [*b.state[q]]
@@ -144,7 +145,7 @@ def test_muon_adamw_has_the_bits_of_both(dtype: Any) -> None:
     for p, q in zip(twin, ours, strict=True):
         p.data.copy_(q.data)
     other = optim.MuonAdamW([{"params": twin[:2]}, {"params": twin[2:]}])
-    other.load_state_dict(both.state_dict())
+    other.load_state_dict(copy.deepcopy(both.state_dict()))
     run(both, ours, range(6, 9))
     run(other, twin, range(6, 9))
     assert all(torch.equal(p, q) for p, q in zip(ours, twin, strict=True))
@@ -155,7 +156,7 @@ def test_muon_adamw_has_the_bits_of_both(dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     "name, options",
-    [("Adafactor", {}), ("Adafactor", {"relative_step": False, "scale_parameter": False, "lr": 0.05}), ("Muon", {}),
+    [("Adafactor", {}), ("Adafactor", {"relative_step": False, "scale_parameter": False, "eps": (1e-30, 1e-3)}), ("Muon", {}),
      ("Muon", {"ns_dtype": "float32"}), ("MuonAdamW", {"lr": 0.1})],
     ids=str,
 )  # fmt: skip
@@ -277,7 +278,10 @@ def test_in_a_training(name: str, options: dict[str, Any]) -> None:
         loss.backward()
         return loss
 
-    losses = [float(o.step(closure)) for _ in range(25) if schedule.step() is None]
+    losses = []
+    for _ in range(25):
+        losses.append(o.step(closure).item())
+        schedule.step()
     assert losses[-1] < losses[0] and len(seen) == 25
     assert copy.deepcopy(o).state_dict()["param_groups"] == o.state_dict()["param_groups"]
 

@@ -36,6 +36,17 @@ class PreparedWorkspace(TensorWorkspace):
         for index, p, reason in self._rows(side, factor):
             if p.grad is not None:
                 (rows if reason is None else left).append((index, p))
+        entered = [p for _, p in rows if p not in side.state]
+        try:
+            self._step_rows(side, factor, rows, left)
+        except BaseException:
+            for p in entered:
+                if not side.state[p]:
+                    del side.state[p]
+            raise
+
+    @staticmethod
+    def _step_rows(side: Side, factor: float, rows: list[tuple[int, Tensor]], left: list[tuple[int, Tensor]]) -> None:
         core: type[PreparedOptimizer] = side.core  # type: ignore[assignment]
         writes = Writes()
         touched = []
@@ -300,9 +311,11 @@ class WithOptions(PreparedMixin):
                 group.setdefault(name, value)
 
     def _step_by_torch(self, left: list[tuple[int, Tensor]], factor: float) -> None:
-        own = [row for row in left if any(name in self.param_groups[row[0]] for name in self.beyond)]
-        if others := [row for row in left if row not in own]:
-            super()._step_by_torch(others, factor)
+        own, torchs = [], []
+        for row in left:
+            (own if any(name in self.param_groups[row[0]] for name in self.beyond) else torchs).append(row)
+        if torchs:
+            super()._step_by_torch(torchs, factor)
         step_one_by_one(self, own, factor)
 
     def _step_one(self, group: Group, p: Tensor, g: Tensor, state: dict[str, Any]) -> None:
