@@ -254,9 +254,16 @@ cdef class ArrayWorkspace(Workspace):
             found = True
         return found
 
+    cdef int make_counts(self, Row *row) except -1:
+        return self.write_counts(row, row.made)
+
     cdef int store_counts(self, Row *row) noexcept:
+        self.write_counts(row, row.entry)
+        return 0
+
+    cdef int write_counts(self, Row *row, PyObject *entry) except -1:
         cdef tuple counts = <tuple>self.new_counts[row.slot]
         cdef Py_ssize_t j
         for j in range(len(counts)):
-            PyDict_SetItem(<object>row.entry, <object>self.count_names[j], <object>counts[j])
+            PyDict_SetItem(<object>entry, <object>self.count_names[j], <object>counts[j])
         return 0

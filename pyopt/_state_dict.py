@@ -36,10 +36,11 @@ State = dict[str, Any]
 
 def make(optimizer: Optimizer, copy: bool) -> StateDict:
     """The state of the optimizer, a snapshot or with the live arrays."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = {p: i for i, p in enumerate(params)}
+    # As they are now: another thread may go on changing them.
+    live = [{**group, "params": list(group["params"])} for group in list(optimizer.param_groups)]
+    indices = {p: i for i, p in enumerate(p for group in live for p in group["params"])}
     groups = []
-    for group in optimizer.param_groups:
+    for group in live:
         packed = {key: plain(value) for key, value in group.items() if key != "params"}
         groups.append({**packed, "params": [indices[p] for p in group["params"]]})
     state = {}

@@ -143,4 +143,5 @@ cdef class Workspace:
     cdef int tangle(self, Py_ssize_t reader, Py_ssize_t writer) except -1
     cdef bint settle(self, optimizer) except -1
     cdef int announce(self) except -1
+    cdef int make_counts(self, Row *row) except -1
     cdef int store_counts(self, Row *row) noexcept

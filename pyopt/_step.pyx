@@ -4,9 +4,9 @@
 #             computes the numbers of the rule. Python code of the user's may run here, raise, or change anything.
 #   look      reads the fields of all arrays anew and checks them, where they lie and what they share, without a line of
 #             Python. What needs Python (a copy of a gradient, an error) ends the look; afterwards it begins again.
-#   arm       makes room for what commit will store.
+#   arm       puts first states into optimizer.state.
 #   sweep     the kernels, without the GIL.
-#   commit    stores that cannot fail: step counts, first states.
+#   commit    stores that cannot fail: step counts.
 #
 # From the last look to the end of commit no bytecode runs, so no signal and no exception can come between. A workspace
 # keeps nothing of the user's between steps; what it remembers are numbers, and plans made whole and put in place whole.
@@ -582,7 +582,7 @@ cdef class Workspace:
         return entered
 
     cdef int arm(self) except -1:
-        """Make room for first states, so that to store them cannot fail."""
+        """Put first states into their entries: as they will be, so that who looks at them meanwhile finds nothing else."""
         cdef Py_ssize_t k, position
         cdef PyObject *key
         cdef PyObject *value
@@ -591,13 +591,15 @@ cdef class Workspace:
         for k in range(self.n_rows):
             row = &self.rows[k]
             if row.route == KERNEL and row.made != NULL:
+                if self.counts_steps:
+                    self.make_counts(row)
                 position = 0
                 while PyDict_Next(<object>row.made, &position, &key, &value):
-                    PyDict_SetItem(<object>row.entry, <object>key, None)
+                    PyDict_SetItem(<object>row.entry, <object>key, <object>value)
         return 0
 
     cdef int disarm(self) noexcept:
-        """Take back what arm did."""
+        """Take first states out again."""
         cdef Py_ssize_t k, position
         cdef PyObject *key
         cdef PyObject *value
@@ -608,8 +610,7 @@ cdef class Workspace:
                 position = 0
                 while PyDict_Next(<object>row.made, &position, &key, &value):
                     try:
-                        value = PyDict_GetItemWithError(<object>row.entry, <object>key)
-                        if value != NULL and <object>value is None:
+                        if PyDict_GetItemWithError(<object>row.entry, <object>key) == value:
                             PyDict_DelItem(<object>row.entry, <object>key)
                     except BaseException:  # a key with a hash of its own
                         pass
@@ -617,22 +618,13 @@ cdef class Workspace:
         return 0
 
     cdef int commit(self) noexcept:
-        """Store first states and counts: no Python code, nothing that can fail."""
-        cdef Py_ssize_t k, position
-        cdef PyObject *key
-        cdef PyObject *value
-        cdef Row *row
-        for k in range(self.n_rows):
-            row = &self.rows[k]
-            if row.route != KERNEL:
-                continue
-            if row.made != NULL:
-                position = 0
-                while PyDict_Next(<object>row.made, &position, &key, &value):
-                    PyDict_SetItem(<object>row.entry, <object>key, <object>value)
-            if self.counts_steps:
-                self.store_counts(row)
+        """Store the counts: no Python code, nothing that can fail."""
+        cdef Py_ssize_t k
         self.armed = False
+        if self.counts_steps:
+            for k in range(self.n_rows):
+                if self.rows[k].route == KERNEL:
+                    self.store_counts(&self.rows[k])
         return 0
 
     cdef int end(self) noexcept:
@@ -725,6 +717,10 @@ cdef class Workspace:
 
     cdef int announce(self) except -1:
         """Tell others that the arrays will be written to; without Python code."""
+        return 0
+
+    cdef int make_counts(self, Row *row) except -1:
+        """Put the new counts into a first state, where they are Python numbers."""
         return 0
 
     cdef int store_counts(self, Row *row) noexcept:

@@ -6,7 +6,7 @@ A check takes (name, value) and returns nothing or raises: TypeError for the wro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -61,14 +61,17 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
 
 def betas(name: str, value: Any) -> None:
     """A pair of numbers >= 0 and < 1."""
-    for i, beta in enumerate(pair(name, value)):
-        number(f"{name}[{i}]", beta, 0, below=1)
+    _each_beta(name, pair(name, value))
 
 
 def triple_of_betas(name: str, value: Any) -> None:
     """Three numbers >= 0 and < 1."""
     if not isinstance(value, (tuple, list)) or len(value) != 3:
         raise TypeError(f"{name} == {value!r}, must be three numbers")
+    _each_beta(name, value)
+
+
+def _each_beta(name: str, value: Sequence[Any]) -> None:
     for i, beta in enumerate(value):
         number(f"{name}[{i}]", beta, 0, below=1)
 

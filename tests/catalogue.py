@@ -3,7 +3,29 @@
 import numpy as np
 import pytest
 
-from pyopt import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, Parameter, RMSprop
+from pyopt import (
+    ADOPT,
+    ASGD,
+    FTRL,
+    SGD,
+    AdaBelief,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
+    Lion,
+    NAdam,
+    Optimizer,
+    Parameter,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SGDScheduleFree,
+)
 
 DTYPES = ["float32", "float64"]
 
@@ -70,6 +92,29 @@ TABLE = [
     ),
     (Lion, {"lr": 0.1}, {"weight_decay": 0.5}, ["exp_avg"]),
     (Lion, {"lr": 0.1, "weight_decay": 0.1, "maximize": True}, {"betas": (0.5, 0.6)}, ["exp_avg"]),
+    (Adadelta, {"weight_decay": 0.1}, {"rho": 0.5}, ["step", "square_avg", "acc_delta"]),
+    (Adamax, {"lr": 0.1}, {"maximize": True}, ["step", "exp_avg", "exp_inf"]),
+    (NAdam, {"lr": 0.1}, {"momentum_decay": 0.1}, ["step", "mu_product", "exp_avg", "exp_avg_sq"]),
+    (RAdam, {"lr": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}, ["step", "exp_avg", "exp_avg_sq"]),
+    (ASGD, {"lr": 0.1, "t0": 1}, {"lambd": 0.1}, ["step", "eta", "mu", "ax"]),
+    (Rprop, {"lr": 0.1}, {"etas": (0.4, 1.5)}, ["step", "prev", "step_size"]),
+    (AdaBelief, {"lr": 0.1, "weight_decay": 0.1}, {"eps": 0.1}, ["step", "exp_avg", "exp_avg_var"]),
+    (ADOPT, {"lr": 0.1}, {"betas": (0.8, 0.9)}, ["step", "exp_avg", "exp_avg_sq"]),
+    (
+        AdEMAMix,
+        {"alpha_warmup": 9, "beta3_warmup": 9},
+        {"alpha": 1.5},
+        ["step", "exp_avg_fast", "exp_avg_slow", "exp_avg_sq"],
+    ),
+    (Adan, {"lr": 0.1}, {"weight_decay": 0.5}, ["step", "exp_avg", "exp_avg_diff", "exp_avg_sq", "pre_grad"]),
+    (FTRL, {"lr": 0.1, "l1": 0.1}, {"l2": 0.5}, ["z", "n"]),
+    (SGDScheduleFree, {"lr": 0.1}, {"momentum": 0.5}, ["step", "lr_max", "weight_sum", "z"]),
+    (
+        AdamWScheduleFree,
+        {"warmup_steps": 3},
+        {"weight_decay": 0.1},
+        ["step", "lr_max", "weight_sum", "z", "exp_avg_sq"],
+    ),
     (Own, {}, {"decay": 0.5}, ["n", "mean"]),
 ]
 IDS = ["-".join([row[0].__name__, *row[1]]) for row in TABLE]
@@ -87,6 +132,19 @@ GROUP_KEYS = {
     RMSprop: "lr momentum alpha eps centered weight_decay maximize",
     Adagrad: "lr lr_decay eps weight_decay initial_accumulator_value maximize",
     Lion: "lr betas weight_decay maximize",
+    Adadelta: "lr rho eps weight_decay maximize",
+    Adamax: "lr betas eps weight_decay maximize",
+    NAdam: "lr betas eps weight_decay momentum_decay decoupled_weight_decay maximize",
+    RAdam: "lr betas eps weight_decay maximize decoupled_weight_decay",
+    ASGD: "lr lambd alpha t0 weight_decay maximize",
+    Rprop: "lr etas step_sizes maximize",
+    AdaBelief: "lr betas eps weight_decay maximize decoupled_weight_decay",
+    ADOPT: "lr betas eps weight_decay maximize decoupled_weight_decay",
+    AdEMAMix: "lr betas eps alpha beta3_warmup alpha_warmup weight_decay maximize",
+    Adan: "lr betas eps weight_decay maximize",
+    FTRL: "lr l1 l2 beta initial_accumulator_value maximize",
+    SGDScheduleFree: "lr momentum weight_decay warmup_steps r weight_lr_power maximize train_mode",
+    AdamWScheduleFree: "lr betas eps weight_decay warmup_steps r weight_lr_power maximize train_mode",
     Own: "lr decay maximize",
 }
 # The same values in another memory order; parameters can be those of DENSE.

@@ -286,6 +286,10 @@ def watched(cls):
     return type(f"Watched{cls.__name__}", (cls,), {"tick": lambda *args: None, **{n: override(n) for n in OVERRIDES}})
 
 
+EVERY = KINDS if os.environ.get("PYOPT_POINTS") else KINDS[1:3]
+EVERY_IDS = KIND_IDS if os.environ.get("PYOPT_POINTS") else KIND_IDS[1:3]
+
+
 @EACH_SCENARIO
 @EACH_KIND
 @isolated
@@ -295,21 +299,17 @@ def test_interrupted_at_any_call(cls, options, scenario):
 
 
 @EACH_SCENARIO
-@pytest.mark.parametrize("cls, options", KINDS[1:], ids=KIND_IDS[1:])
+@pytest.mark.parametrize("cls, options", EVERY, ids=EVERY_IDS)
 @isolated
 def test_interrupted_at_any_call_of_overrides(cls, options, scenario):
     assert exhaust(watched(cls), options, scenario, by_profile)["before"] > 10
 
 
 @EACH_SCENARIO
-@EACH_KIND
+@pytest.mark.parametrize("cls, options", EVERY, ids=EVERY_IDS)
 @isolated
 def test_interrupted_at_any_line(cls, options, scenario):
-    assert exhaust(cls, options, scenario, by_line, stride=1 if os.environ.get("PYOPT_POINTS") else 3)["before"]
-
-
-EVERY = KINDS if os.environ.get("PYOPT_POINTS") else KINDS[1:3]
-EVERY_IDS = KIND_IDS if os.environ.get("PYOPT_POINTS") else KIND_IDS[1:3]
+    assert exhaust(cls, options, scenario, by_line, stride=1 if os.environ.get("PYOPT_POINTS") else 2)["before"]
 
 
 @EACH_SCENARIO

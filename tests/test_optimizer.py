@@ -7,7 +7,29 @@ import numpy as np
 import pytest
 
 from catalogue import CASES, CLASSES, GROUP_KEYS, TYPES, WITH_OTHER, Own, bits, go_on, make, params_of, random, values
-from pyopt import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, Parameter, RMSprop
+from pyopt import (
+    ADOPT,
+    ASGD,
+    FTRL,
+    SGD,
+    AdaBelief,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    AdamWScheduleFree,
+    Adan,
+    AdEMAMix,
+    Lion,
+    NAdam,
+    Optimizer,
+    Parameter,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SGDScheduleFree,
+)
 
 # --- groups -----------------------------------------------------------------------------------------------------------
 
@@ -63,6 +85,19 @@ DEFAULTS = {
     RMSprop: (1e-2, 0, 0.99, 1e-8, False, 0, False),
     Adagrad: (1e-2, 0, 1e-10, 0, 0, False),
     Lion: (1e-4, (0.9, 0.99), 0, False),
+    Adadelta: (1.0, 0.9, 1e-6, 0, False),
+    Adamax: (2e-3, (0.9, 0.999), 1e-8, 0, False),
+    NAdam: (2e-3, (0.9, 0.999), 1e-8, 0, 4e-3, False, False),
+    RAdam: (1e-3, (0.9, 0.999), 1e-8, 0, False, False),
+    ASGD: (1e-2, 1e-4, 0.75, 1e6, 0, False),
+    Rprop: (1e-2, (0.5, 1.2), (1e-6, 50), False),
+    AdaBelief: (1e-3, (0.9, 0.999), 1e-16, 0, False, True),
+    ADOPT: (1e-3, (0.9, 0.9999), 1e-6, 0, False, False),
+    AdEMAMix: (1e-3, (0.9, 0.999, 0.9999), 1e-8, 2.0, None, None, 0, False),
+    Adan: (1e-3, (0.98, 0.92, 0.99), 1e-8, 0.02, False),
+    FTRL: (1e-3, 0, 0, 0, 0.1, False),
+    SGDScheduleFree: (1.0, 0.9, 0, 0, 0, 2, False, True),
+    AdamWScheduleFree: (2.5e-3, (0.9, 0.999), 1e-8, 0, 0, 0, 2, False, True),
     Own: (0.1, 0.9, False),
 }
 

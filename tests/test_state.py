@@ -46,7 +46,9 @@ def test_state(cls, options, keys, dtype):
                 state = opt.state[p] if keys else {}
                 assert list(state) == keys
                 for key, value in state.items():
-                    if key in ("step", "n"):
+                    if key in cls.number_states:
+                        assert type(value) is float
+                    elif key == "step" or (cls, key) == (Own, "n"):
                         assert type(value) is int
                         assert value == step
                     else:

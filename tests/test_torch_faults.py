@@ -91,11 +91,14 @@ def assert_close(actual: Any, expected: Any, where: str, steps: int) -> None:
     assert error <= ULPS * min(max(steps, 1), 10), f"{where} is {error} ulps off: {actual}, must be {expected}"
 
 
-def assert_as_torch(name: str, scenario: Callable[[Any], Any], steps: int = 4, fails: bool = False) -> Any:
+def assert_as_torch(
+    name: str, scenario: Callable[[Any], Any], steps: int = 4, dtype: Any = None, fails: bool = False
+) -> Any:
     """A scenario with pyopt.torch's class and with torch's comes to the same optimizer, or to the same exception.
 
     Args:
         scenario: takes the class, returns the optimizer.
+        dtype: the coarsest that was computed in, where it is not that of the result.
         fails: torch's raises.
     """
     found = [outcome(lambda module=module: scenario(getattr(module, name))) for module in (optim, torch.optim)]
@@ -109,6 +112,9 @@ def assert_as_torch(name: str, scenario: Callable[[Any], Any], steps: int = 4, f
     actual, expected = snapshot(ours), snapshot(theirs)
     assert [x[:2] for x in actual] == [x[:2] for x in expected]
     for (i, key, a), (_, _, e) in zip(actual, expected, strict=True):
+        if dtype is not None and isinstance(e, torch.Tensor):
+            assert a.dtype == e.dtype
+            a, e = a.to(dtype), e.to(dtype)
         assert_close(a, e, f"{key} of parameter {i}", steps)
     return ours
 
@@ -331,9 +337,12 @@ def test_wrapped_step_that_clips_sees_unscaled_gradients(wrap: Callable[[Any], N
     """Gradient (3, 4), clipped to the norm 1."""
     w = torch.nn.Parameter(torch.zeros(2))
     optimizer = optim.SGD([w], lr=1.0)
-    wrap(optimizer)
+    if wrap is not wrapped_step:
+        wrap(optimizer)
     if scheduled:
         torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    if wrap is wrapped_step:  # a scheduler wants a method
+        wrap(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale((w * torch.tensor([3.0, 4.0])).sum()).backward()
     scaler.step(optimizer)
@@ -506,6 +515,7 @@ def test_pruned_memory_is_freed_at_once(name: str, options: dict[str, Any]) -> N
     q.data = q.data[:20].clone()
     for key, value in optimizer.state.get(q, {}).items():
         optimizer.state[q][key] = value.clone() if key == "step" else value[:20].clone()
+        del value
     assert memory.expired() and all(s.expired() for s in held[len(held) // 2 :])
     stepped(optimizer)
 
@@ -646,14 +656,12 @@ def test_a_failed_step_raises_no_versions(name: str, options: dict[str, Any]) ->
 
 # --- F: what a user meant ---------------------------------------------------------------------------------------------
 
-OWN = {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion"}
-
 
 @pytest.mark.parametrize("name", sorted({*torch.optim.__all__, "lr_scheduler", "swa_utils", "Optimizer"}))
 def test_public_names_of_torch_optim(name: str) -> None:
     ours, theirs = getattr(optim, name), getattr(torch.optim, name)
     assert name in dir(optim)
-    if name in OWN:
+    if name in vars(optim):
         assert issubclass(ours, theirs) and ours is not theirs
     else:
         assert ours is theirs
@@ -685,15 +693,15 @@ def test_scheduler_from_the_same_module() -> None:
 def test_class_without_a_kernel_steps_and_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    optimizer = optim.NAdam([("weight", p)])
-    optimizer.step()
+    optimizer = optim.LBFGS([p])
+    optimizer.step(lambda: p.sum())
     q = torch.nn.Parameter(torch.ones(3))
     q.grad = torch.ones(3)
-    torch.optim.NAdam([q]).step()
+    torch.optim.LBFGS([q]).step(lambda: q.sum())
     assert same_bits(p.detach(), q.detach())
     optim.explain(optimizer)
     text = capsys.readouterr().out
-    assert "weight" in text and "torch" in text
+    assert "parameter 0" in text and "torch.optim.LBFGS" in text
 
 
 def fastest(*runs: Callable[[], Any], rounds: int = 15) -> list[float]:
@@ -817,7 +825,7 @@ def saved_and_loaded(value: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("number", [np.float64, np.float32, np.array, torch.tensor], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor], ids=lambda t: t.__name__)
 def test_checkpoint_from_numpy_side_loads_with_weights_only(number: Any) -> None:
     """Options that were NumPy's numbers are Python's in what torch saves."""
     if number is torch.tensor:
@@ -969,8 +977,7 @@ class Circular:
 def test_explain_of_something_else_names_its_class(what: Any) -> None:
     with pytest.raises(TypeError) as error:
         optim.explain(what)
-    name = "int" if isinstance(what, Wrapper) else type(what).__name__
-    assert name in str(error.value)
+    assert type(what).__name__ in str(error.value)
 
 
 # --- H: tensors, found by a fuzz --------------------------------------------------------------------------------------
@@ -1031,7 +1038,7 @@ def test_shape_changes_under_a_gradient_in_another_order(name: str, order: str, 
 
 @apart
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
-@pytest.mark.parametrize("shape", [(4, 3), (64, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (24, 9)], ids=str)
 @pytest.mark.parametrize("order", ["expanded", "transposed", "negated"])
 @pytest.mark.parametrize("name", FIVE)
 def test_dtype_changes_under_a_gradient_in_another_order(name: str, order: str, shape: Any, dtypes: Any) -> None:
@@ -1055,7 +1062,7 @@ def test_dtype_changes_under_a_gradient_in_another_order(name: str, order: str, 
                 optimizer.step()
         return optimizer
 
-    assert_as_torch(name, scenario, 6)
+    assert_as_torch(name, scenario, 6, torch.float32)
 
 
 def two(cls: Any, dtype: Any = torch.bfloat16, **options: Any) -> tuple[Any, Any, Any]:
@@ -1187,11 +1194,14 @@ def test_gradient_of_a_left_row_is_an_earlier_covered_parameter(dtype: Any) -> N
 
 @apart
 @pytest.mark.parametrize("third", [False, True], ids=["", "a third one moves"])
+@pytest.mark.parametrize("at_once", [False, True], ids=["", "moves in the step that is sat out"])
 @pytest.mark.parametrize("sits_out", [0, 1])
-@pytest.mark.parametrize("shared", ["state and parameter", "state and state", "state and gradient"])
+@pytest.mark.parametrize(
+    "shared", ["state and parameter", "state and state", "state and gradient", "state and expanded gradient"]
+)
 @pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.5}), ("Adam", {}), ("RMSprop", {})])
 def test_sharing_is_seen_when_a_parameter_comes_back(
-    name: str, options: dict[str, Any], shared: str, sits_out: int, third: bool
+    name: str, options: dict[str, Any], shared: str, sits_out: int, at_once: bool, third: bool
 ) -> None:
     """One sits out a step while another's memory moves, onto its state."""
 
@@ -1203,7 +1213,8 @@ def test_sharing_is_seen_when_a_parameter_comes_back(
         optimizer.step()
         away, other = params[sits_out], params[1 - sits_out]
         away.grad = None
-        optimizer.step()
+        if not at_once:
+            optimizer.step()
         state = optimizer.state[away]
         memory = state[slot(optimizer, away, "")]
         if shared == "state and parameter":
@@ -1211,7 +1222,7 @@ def test_sharing_is_seen_when_a_parameter_comes_back(
         elif shared == "state and state":
             optimizer.state[other][slot(optimizer, other, "")] = memory
         else:
-            other.grad = memory
+            other.grad = memory if shared == "state and gradient" else memory[:1].expand(2)
         optimizer.step()
         if third:
             params[2].data = torch.full((2,), 7.0)
@@ -1226,9 +1237,10 @@ def test_sharing_is_seen_when_a_parameter_comes_back(
 
 
 @apart
+@pytest.mark.parametrize("what", ["parameter", "state", "step"])
 @pytest.mark.parametrize("name", FIVE)
-def test_sharing_that_was_noticed_is_remembered(name: str) -> None:
-    """Two parameters on one memory, and a third that moves between the steps."""
+def test_sharing_that_was_noticed_is_remembered(name: str, what: str) -> None:
+    """Two rows on one memory, and a third that moves between the steps."""
 
     def scenario(cls: Any) -> Any:
         a, b, c = (torch.nn.Parameter(torch.full((4,), float(k + 1))) for k in range(3))
@@ -1236,7 +1248,11 @@ def test_sharing_that_was_noticed_is_remembered(name: str) -> None:
         for p in (a, b, c):
             p.grad = torch.ones(4)
         optimizer.step()
-        b.data = a.data
+        key = "step" if what == "step" else next((k for k in optimizer.state.get(a, {}) if k != "step"), None)
+        if what == "parameter":
+            b.data = a.data
+        elif key in optimizer.state.get(a, {}):
+            optimizer.state[b][key] = optimizer.state[a][key]
         for k in range(4):
             optimizer.step()
             c.data = torch.full((4,), float(k))

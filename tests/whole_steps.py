@@ -94,11 +94,18 @@ def params_of(opt):
     return [p for group in opt.param_groups for p in group["params"]]
 
 
+def in_double(option):
+    """Numbers of NumPy as Python's: scalars are computed in double, whatever they come as."""
+    if isinstance(option, tuple):
+        return tuple(map(in_double, option))
+    return option.item() if isinstance(option, np.generic) else option
+
+
 def snapshot(opt):
     """Copies of all that a step writes: (options, data, state) per parameter, in the order of the groups."""
     out = []
     for group in opt.param_groups:
-        options = {k: v for k, v in group.items() if k != "params"}
+        options = {k: in_double(v) for k, v in group.items() if k != "params"}
         for p in group["params"]:
             state = dict.items(opt.state[p]) if p in opt.state else ()
             copied = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in state}

@@ -20,9 +20,10 @@ class TrainEval:
     state: Any
 
     def add_param_group(self, param_group: Group) -> None:
-        if self.param_groups and isinstance(param_group, Mapping):  # in the mode of the others
-            param_group = {"train_mode": self.param_groups[0]["train_mode"], **param_group}
+        is_given = isinstance(param_group, Mapping) and "train_mode" in param_group
         super().add_param_group(param_group)  # type: ignore[misc]
+        if not is_given:  # as the others
+            self.param_groups[-1]["train_mode"] = self.param_groups[0]["train_mode"]
 
     def train(self) -> None:
         """Put y into the parameters, for training; nothing happens in training mode."""
