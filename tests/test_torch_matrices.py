@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,11 +55,11 @@ def close(actual: Any, expected: Any, scale: float) -> None:
 @cases
 @both_dtypes
 def test_steps_are_torchs(name: str, options: dict[str, Any], shapes: Any, dtype: Any) -> None:
-    """One to fifty steps. Adafactor differs by rounded sums and roots, Muon in the order of its last operations."""
+    """One to fifty steps, of Muon twenty. Adafactor differs by rounded sums and roots, Muon by its last operations."""
     ours, theirs = (new_parameters(*shapes, dtype=dtype) for _ in range(2))
     a, b = getattr(optim, name)(ours, **options), getattr(torch.optim, name)(theirs, **options)
     assert a.defaults == b.defaults
-    for steps in (range(1), range(1, 10), range(10, 50)):
+    for steps in (range(1), range(1, 10), range(10, 50 if name == "Adafactor" else 20)):
         run(a, ours, steps)
         run(b, theirs, steps)
         for p, q in zip(ours, theirs, strict=True):
@@ -156,10 +158,15 @@ def test_muon_adamw_has_the_bits_of_both(dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     "name, options",
-    [("Adafactor", {}), ("Adafactor", {"relative_step": False, "scale_parameter": False, "eps": (1e-30, 1e-3)}), ("Muon", {}),
-     ("Muon", {"ns_dtype": "float32"}), ("MuonAdamW", {"lr": 0.1})],
+    [
+        ("Adafactor", {}),
+        ("Adafactor", {"relative_step": False, "scale_parameter": False, "eps": (1e-30, 1e-3)}),
+        ("Muon", {}),
+        ("Muon", {"ns_dtype": "float32"}),
+        ("MuonAdamW", {"lr": 0.1}),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_numpy_cannot_look_at_takes_torchs_operations(name: str, options: dict[str, Any]) -> None:
     """bfloat16 beside float32: both move, by about as much; sparse gradients and complex parameters are refused."""
     shapes = [(6, 5), (4, 3)] if name == "Muon" else [(6, 5), (4,)]
@@ -284,6 +291,54 @@ def test_in_a_training(name: str, options: dict[str, Any]) -> None:
         schedule.step()
     assert losses[-1] < losses[0] and len(seen) == 25
     assert copy.deepcopy(o).state_dict()["param_groups"] == o.state_dict()["param_groups"]
+
+
+# --- torch's own database of optimizers -------------------------------------------------------------------------------
+
+
+def database(name: str) -> Any:
+    with mock.patch.object(sys, "argv", sys.argv[:1]):  # it parses the command line
+        from torch.testing._internal.common_optimizers import optim_db
+    (info,) = [info for info in optim_db if info.name == name]
+    return info
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+@both_dtypes
+def test_every_configuration(name: str, dtype: Any) -> None:
+    """Groups with options of their own, a rate that is a tensor, late and missing gradients."""
+    for config in database(name).optim_inputs_func(device="cpu"):
+        made = []
+        for module in (optim, torch.optim):
+            shapes = [(33, 31), (4, 5), (3, 3)] if name == "Muon" else [(33, 31), (), (7,), (2, 3, 4)]
+            params = new_parameters(*shapes, dtype=dtype)
+            groups = [
+                {"params": params[:2]},
+                {"params": params[2:], "lr": torch.tensor(0.02, dtype=dtype), "weight_decay": 0.3},
+            ]
+            made.append((getattr(module, name)(groups, **copy.deepcopy(config.kwargs)), params))
+        (a, ours), (b, theirs) = made
+        assert a.state_dict() == b.state_dict() and repr(a) == repr(b)
+        for step in range(8):
+            for o, params in made:
+                for i, p in enumerate(params):
+                    p.grad = None if i == 1 and step % 3 == 0 else gradient(p, step)
+                o.step()
+            for p, q in zip(ours, theirs, strict=True):
+                close(p, q, 40)
+        assert [[*s] for s in a.state_dict()["state"].values()] == [[*s] for s in b.state_dict()["state"].values()]
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+def test_every_error(name: str) -> None:
+    found = 0
+    for error in database(name).optim_error_inputs_func(device="cpu", dtype=torch.float32):
+        for module in (optim, torch.optim):
+            case = error.optimizer_error_input
+            with pytest.raises(error.error_type, match=error.error_regex):
+                getattr(module, name)(case.params, **case.kwargs).step()
+            found += 1
+    assert found >= 4
 
 
 # --- L-BFGS -----------------------------------------------------------------------------------------------------------
