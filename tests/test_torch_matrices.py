@@ -312,11 +312,11 @@ def test_every_configuration(name: str, dtype: Any) -> None:
         for module in (optim, torch.optim):
             shapes = [(33, 31), (4, 5), (3, 3)] if name == "Muon" else [(33, 31), (), (7,), (2, 3, 4)]
             params = new_parameters(*shapes, dtype=dtype)
-            groups = [
-                {"params": params[:2]},
-                {"params": params[2:], "lr": torch.tensor(0.02, dtype=dtype), "weight_decay": 0.3},
-            ]
-            made.append((getattr(module, name)(groups, **copy.deepcopy(config.kwargs)), params))
+            rate = torch.tensor(0.02, dtype=dtype)
+            groups = [{"params": params[:2]}, {"params": params[2:], "lr": rate, "weight_decay": 0.3}]
+            # With a float32 lr torch computes what multiplies a parameter in float32, whatever the parameter's dtype.
+            options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in config.kwargs.items()}
+            made.append((getattr(module, name)(groups, **options), params))
         (a, ours), (b, theirs) = made
         assert a.state_dict() == b.state_dict() and repr(a) == repr(b)
         for step in range(8):

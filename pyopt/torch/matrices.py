@@ -311,7 +311,8 @@ class WithOptions(PreparedMixin):
                 group.setdefault(name, value)
 
     def _step_by_torch(self, left: list[tuple[int, Tensor]], factor: float) -> None:
-        own, torchs = [], []
+        own: list[tuple[int, Tensor]] = []
+        torchs: list[tuple[int, Tensor]] = []
         for row in left:
             (own if any(name in self.param_groups[row[0]] for name in self.beyond) else torchs).append(row)
         if torchs:
