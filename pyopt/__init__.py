@@ -7,11 +7,15 @@ except ModuleNotFoundError as error:
     if error.name == "pyopt._engine":
         error.msg += ": this copy of pyopt is not built; in a clone run `pip install -e .`, or leave its folder"
     raise
+from pyopt import lr_scheduler as lr_scheduler
 from pyopt.config import show_config as show_config
+from pyopt.decay import no_decay as no_decay
 from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers import ADOPT as ADOPT
 from pyopt.optimizers import ASGD as ASGD
 from pyopt.optimizers import FTRL as FTRL
+from pyopt.optimizers import LAMB as LAMB
+from pyopt.optimizers import LARS as LARS
 from pyopt.optimizers import LBFGS as LBFGS
 from pyopt.optimizers import SGD as SGD
 from pyopt.optimizers import AdaBelief as AdaBelief
@@ -28,6 +32,7 @@ from pyopt.optimizers import Lion as Lion
 from pyopt.optimizers import Muon as Muon
 from pyopt.optimizers import MuonAdamW as MuonAdamW
 from pyopt.optimizers import NAdam as NAdam
+from pyopt.optimizers import Prodigy as Prodigy
 from pyopt.optimizers import RAdam as RAdam
 from pyopt.optimizers import RMSprop as RMSprop
 from pyopt.optimizers import Rprop as Rprop

@@ -1,7 +1,7 @@
 # Steps on NumPy arrays. What a step needs to know of an array is read from its own fields, in every step: whatever was
 # set in place since, shape, strides, dtype, flags or memory, is followed or refused.
 
-from cpython.dict cimport PyDict_Clear, PyDict_GetItemWithError, PyDict_SetItem, PyDict_Update
+from cpython.dict cimport PyDict_Clear, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem, PyDict_Update
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
@@ -134,6 +134,17 @@ cdef class ArrayWorkspace(Workspace):
             hold(&row.grad, check_gradient(label(index, <object>row.param), <object>row.data, <object>row.grad))
         return 0
 
+    cdef int check_entry(self, Row *row, Py_ssize_t index) except -1:
+        """Raise where a key is of a subclass of str: to look up a name or store a count would run code of its class."""
+        cdef Py_ssize_t position = 0
+        cdef PyObject *key
+        cdef PyObject *value
+        while PyDict_Next(<object>row.entry, &position, &key, &value):
+            if type(<object>key) is not str and isinstance(<object>key, str):
+                what = label(index, <object>row.param)
+                raise TypeError(f"{what}: state has a key of {type(<object>key)}, must be of str")
+        return 0
+
     cdef bint holds(self, PyObject *entry, name) except -1:
         return PyDict_GetItemWithError(<object>entry, name) != NULL
 
@@ -258,7 +269,8 @@ cdef class ArrayWorkspace(Workspace):
         return self.write_counts(row, row.made)
 
     cdef int store_counts(self, Row *row) noexcept:
-        self.write_counts(row, row.entry)
+        if row.made == NULL:
+            self.write_counts(row, row.entry)
         return 0
 
     cdef int write_counts(self, Row *row, PyObject *entry) except -1:

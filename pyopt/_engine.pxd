@@ -7,6 +7,16 @@ ctypedef void (*Span32)(float *restrict, const float *restrict, float *restrict,
 ctypedef void (*Span64)(double *restrict, const double *restrict, double *restrict, double *restrict,
                         double *restrict, double *restrict, Py_ssize_t, const void *) noexcept nogil
 
+# What a rule that needs sums over whole tensors does first, over n elements, at most BLOCK: it may update state, and
+# sums up SUMS quantities of each element in double.
+ctypedef void (*Reduce32)(float *restrict, const float *restrict, float *restrict, float *restrict, float *restrict,
+                          float *restrict, Py_ssize_t, const void *, double *) noexcept nogil
+ctypedef void (*Reduce64)(double *restrict, const double *restrict, double *restrict, double *restrict,
+                          double *restrict, double *restrict, Py_ssize_t, const void *, double *) noexcept nogil
+
+# Makes of the sums over a tensor, and its size, the numbers of its step.
+ctypedef void (*Finish)(void *, const double *, Py_ssize_t) noexcept nogil
+
 # Writes a dict of numbers into the C struct of a rule (at most SCALARS doubles); Cython checks names and types.
 ctypedef int (*Pack)(dict, void *) except -1
 
@@ -14,23 +24,35 @@ cdef enum:
     STATES = 4
     SCALARS = 16
     ROW_COST = 64  # what a tensor costs beyond its elements, in elements
+    BLOCK = 1024  # elements that are summed together, counted from the start of the tensor
+    SUMS = 2  # quantities that a rule sums
+
+
+cdef struct Kernel:  # what runs for a rule
+    Span32 span32
+    Span64 span64
+    Reduce32 reduce32  # NULL in a rule without sums, as are the next two
+    Reduce64 reduce64
+    Finish finish
+    bint joint  # the sums go over all tensors of the step, not over each by itself
 
 
 cdef struct Work:  # one tensor of one step
     Py_ssize_t start  # the cost of all tensors before it, in elements
     Py_ssize_t size
     Py_ssize_t slot  # which of the step's sets of numbers
+    Py_ssize_t block  # the number of blocks before it, where there are sums
     bint is_double
-    Span32 span32
-    Span64 span64
     void *stream[2 + STATES]
 
 
-cdef struct Numbers:
+cdef struct Numbers:  # of one step of some tensors; of one tensor alone where its rule needs sums
+    const Kernel *kernel
     double value[SCALARS]
 
 
-cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers) noexcept nogil
+cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil
+cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums) noexcept nogil
 
 # A piece of work of another kind than a span, by its number.
 ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil
@@ -41,9 +63,10 @@ cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t 
 cdef class Rule:
     cdef readonly str name
     cdef readonly tuple states
-    cdef Span32 span32
-    cdef Span64 span64
+    cdef readonly Rule summing  # the rule for groups with options that need sums, None where there are none
+    cdef Kernel kernel
     cdef Pack pack
 
     @staticmethod
     cdef Rule make(str name, tuple states, Span32 span32, Span64 span64, Pack pack)
+    cdef Rule after_sums(self, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint=*)

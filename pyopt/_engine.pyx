@@ -2,6 +2,8 @@
 #
 # - The work is cut at equal numbers of elements over all tensors, not per tensor: one region per step, balanced for one
 #   huge tensor and for a thousand tiny ones. An element's result does not depend on where the cuts fall.
+# - Where rules need sums over whole tensors there are two such regions: the first sums blocks of fixed size, which no
+#   cut divides; the blocks are then added in their order, and the sums made to numbers of each tensor.
 # - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
 
 cimport cython
@@ -9,6 +11,7 @@ from cython.parallel cimport parallel
 
 cimport openmp
 from cpython.pythread cimport PyThread_get_thread_ident
+from libc.string cimport memset
 
 
 cdef class Rule:
@@ -19,10 +22,23 @@ cdef class Rule:
         cdef Rule rule = Rule.__new__(Rule)
         rule.name = name
         rule.states = states
-        rule.span32 = span32
-        rule.span64 = span64
+        rule.kernel.span32 = span32
+        rule.kernel.span64 = span64
         rule.pack = pack
         return rule
+
+    cdef Rule after_sums(self, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint=False):
+        """This rule, which steps with numbers that follow from sums."""
+        self.kernel.reduce32 = reduce32
+        self.kernel.reduce64 = reduce64
+        self.kernel.finish = finish
+        self.kernel.joint = joint
+        return self
+
+    @property
+    def has_sums(self):
+        """Whether its steps need sums over whole tensors."""
+        return self.kernel.finish != NULL
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -31,87 +47,163 @@ cdef enum:
     LINE = 64  # parts begin at multiples of this many elements
 
 
-cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost) noexcept nogil:
+cdef struct Pass:  # one region: a step, or the sums before it
+    const Work *work
+    Py_ssize_t count
+    const Numbers *numbers
+    double *sums  # SUMS for each block; NULL for a step
+    Py_ssize_t cost
+    int parts
+    bint flush
+
+
+cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost, Py_ssize_t line) noexcept nogil:
     """The element of w where a part begins that begins at this cost."""
     cdef Py_ssize_t i = cost - w.start
     if i <= 0:
         return 0
-    return w.size if i >= w.size else i & ~<Py_ssize_t>(LINE - 1)
+    return w.size if i >= w.size else i & ~(line - 1)
 
 
-cdef void run_span(const Work *w, Py_ssize_t begin, Py_ssize_t end, const void *numbers) noexcept nogil:
+cdef void run(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numbers, double *sums) noexcept nogil:
+    """The rule on n elements, or its sums over them."""
+    cdef const Kernel *k = numbers.kernel
+    cdef const void *h = &numbers.value[0]
     cdef float *f[2 + STATES]
     cdef double *d[2 + STATES]
     cdef int j
     if w.is_double:
         for j in range(2 + STATES):
             d[j] = NULL if w.stream[j] == NULL else <double *>w.stream[j] + begin
-        w.span64(d[0], d[1], d[2], d[3], d[4], d[5], end - begin, numbers)
+        if sums == NULL:
+            k.span64(d[0], d[1], d[2], d[3], d[4], d[5], n, h)
+        else:
+            k.reduce64(d[0], d[1], d[2], d[3], d[4], d[5], n, h, sums)
     else:
         for j in range(2 + STATES):
             f[j] = NULL if w.stream[j] == NULL else <float *>w.stream[j] + begin
-        w.span32(f[0], f[1], f[2], f[3], f[4], f[5], end - begin, numbers)
+        if sums == NULL:
+            k.span32(f[0], f[1], f[2], f[3], f[4], f[5], n, h)
+        else:
+            k.reduce32(f[0], f[1], f[2], f[3], f[4], f[5], n, h, sums)
 
 
-cdef void run_part(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t begin,
-                   Py_ssize_t end) noexcept nogil:
+cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """All work between two costs."""
-    cdef Py_ssize_t low = 0, high = count, k, first, last
+    cdef Py_ssize_t low = 0, high = a.count, line = LINE if a.sums == NULL else BLOCK, k, i, first, last
+    cdef const Work *w
+    cdef const Numbers *numbers
     while high - low > 1:  # the last tensor that starts at or before begin
         k = (low + high) // 2
-        if work[k].start <= begin:
+        if a.work[k].start <= begin:
             low = k
         else:
             high = k
-    for k in range(low, count):
-        if work[k].start >= end:
+    for k in range(low, a.count):
+        w = &a.work[k]
+        if w.start >= end:
             break
-        first = cut(&work[k], begin)
-        last = cut(&work[k], end)
-        if first < last:
-            run_span(&work[k], first, last, &numbers[work[k].slot])
+        first, last = cut(w, begin, line), cut(w, end, line)
+        if first >= last:
+            continue
+        numbers = &a.numbers[w.slot]
+        if a.sums == NULL:
+            run(w, first, last - first, numbers, NULL)
+        elif numbers.kernel.finish != NULL:
+            i = first
+            while i < last:
+                run(w, i, min(<Py_ssize_t>BLOCK, last - i), numbers, &a.sums[SUMS * (w.block + i // BLOCK)])
+                i += BLOCK
 
 
-cdef void sweep(const Work *work, Py_ssize_t count, const Numbers *numbers) noexcept nogil:
-    """Run the rules of all work."""
+cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil:
+    """Number the blocks of all work; returns how many there are."""
+    cdef Py_ssize_t k, blocks = 0
+    for k in range(count):
+        work[k].block = blocks
+        blocks += (work[k].size + BLOCK - 1) // BLOCK
+    return blocks
+
+
+cdef void finish(const Pass *a, Numbers *numbers) noexcept nogil:
+    """Make the sums of blocks, in their order, to the numbers of each tensor."""
+    cdef unsigned long mode = set_float_mode(float_mode(a.flush))
+    cdef double own[SUMS]
+    cdef double joint[SUMS]
+    cdef Py_ssize_t k, i, blocks, size = 0
+    cdef const Work *w
+    cdef const Kernel *kernel
+    cdef int j
+    for j in range(SUMS):
+        joint[j] = 0
+    for k in range(a.count):
+        w = &a.work[k]
+        kernel = numbers[w.slot].kernel
+        if kernel.finish == NULL or w.size == 0:
+            continue
+        blocks = (w.size + BLOCK - 1) // BLOCK
+        for j in range(SUMS):
+            own[j] = 0
+        for i in range(w.block, w.block + blocks):
+            for j in range(SUMS):
+                own[j] += a.sums[SUMS * i + j]
+        size += w.size
+        for j in range(SUMS):
+            joint[j] += own[j]
+        if not kernel.joint:
+            kernel.finish(numbers[w.slot].value, own, w.size)
+    for k in range(a.count):
+        kernel = numbers[a.work[k].slot].kernel
+        if kernel.finish != NULL and kernel.joint:
+            kernel.finish(numbers[a.work[k].slot].value, joint, size)
+    set_float_mode(mode)
+
+
+cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums) noexcept nogil:
+    """Run the rules of all work; sums, room for SUMS of each block, is NULL where no rule has any."""
     global used
-    cdef Py_ssize_t cost = work[count - 1].start + work[count - 1].size + ROW_COST if count else 0
-    cdef int threads = threads_for(cost)
+    cdef Pass a
+    cdef int threads
+    a.work, a.count, a.numbers, a.sums, a.flush = work, count, numbers, sums, flush_denormals
+    a.cost = work[count - 1].start + work[count - 1].size + ROW_COST if count else 0
+    threads = threads_for(a.cost)
     if threads > 1 and startable(threads) < threads:
         threads = 1  # libgomp would end the process: this step does without
-    used = sweep_on(work, count, numbers, cost, threads, flush_denormals)
+    a.parts = threads
+    if sums != NULL:
+        sweep_on(&a)
+        finish(&a, numbers)
+        a.sums = NULL
+    used = sweep_on(&a)
 
 
-cdef int sweep_on(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int threads,
-                  bint flush) noexcept nogil:
-    """Run them on a team of this size; returns how many threads OpenMP gave."""
+cdef int sweep_on(const Pass *a) noexcept nogil:
+    """Run one pass on a team of as many threads as it has parts; returns how many OpenMP gave."""
     global own_team
     cdef int given = 1
-    if threads == 1:
-        run_in_mode(work, count, numbers, 0, cost, flush)
+    if a.parts == 1:
+        run_in_mode(a, 0, a.cost)
         return 1
-    with parallel(num_threads=threads):  # not prange, whose lastprivate index costs a barrier at the entry
-        run_share(work, count, numbers, cost, threads, flush, &given)
-    own_team = threads
+    with parallel(num_threads=a.parts):  # not prange, whose lastprivate index costs a barrier at the entry
+        run_share(a, &given)
+    own_team = a.parts
     return given
 
 
-cdef void run_share(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t cost, int parts,
-                    bint flush, int *given) noexcept nogil:
+cdef void run_share(const Pass *a, int *given) noexcept nogil:
     """What falls to this thread: one part, or several where OpenMP gave a smaller team than asked for."""
     cdef Py_ssize_t part = openmp.omp_get_thread_num()
     if part == 0:
         given[0] = openmp.omp_get_num_threads()
-    while part < parts:
-        run_in_mode(work, count, numbers, cost * part // parts, cost * (part + 1) // parts, flush)
+    while part < a.parts:
+        run_in_mode(a, a.cost * part // a.parts, a.cost * (part + 1) // a.parts)
         part += openmp.omp_get_num_threads()
 
 
-cdef void run_in_mode(const Work *work, Py_ssize_t count, const Numbers *numbers, Py_ssize_t begin, Py_ssize_t end,
-                      bint flush) noexcept nogil:
+cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """A part in the floating-point mode of the step, whatever the thread's own: bits must not depend on the thread."""
-    cdef unsigned long mode = set_float_mode(float_mode(flush))
-    run_part(work, count, numbers, begin, end)
+    cdef unsigned long mode = set_float_mode(float_mode(a.flush))
+    run_part(a, begin, end)
     set_float_mode(mode)
 
 
@@ -359,12 +451,15 @@ def set_stack_size(size_t size):
 cdef int startable(int threads) noexcept nogil:
     """The size up to this one of the team that this Python thread can have; where it is this one, it has it now."""
     cdef int started, needed = min(threads, openmp.omp_get_thread_limit())
+    cdef Pass nothing
     if needed <= own_team:
         return threads
     pthread_mutex_lock(&starting)
     started = 1 + start_threads(needed - 1)
     if started == needed:
-        sweep_on(NULL, 0, NULL, 0, threads, False)
+        memset(&nothing, 0, sizeof(Pass))
+        nothing.parts = threads
+        sweep_on(&nothing)
     pthread_mutex_unlock(&starting)
     return threads if started == needed else started
 

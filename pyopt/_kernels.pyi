@@ -10,6 +10,7 @@ adadelta: Rule
 rmsprop: Rule
 adamax: Rule
 adam: Rule
+adam_scaled: Rule
 adabelief: Rule
 radam: Rule
 nadam: Rule
@@ -19,6 +20,9 @@ adan: Rule
 ftrl: Rule
 sgd_schedule_free: Rule
 adamw_schedule_free: Rule
+lars: Rule
+lamb: Rule
+prodigy: Rule
 interpolation: Rule
 muon: Rule
 adafactor: Rule

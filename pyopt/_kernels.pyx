@@ -6,7 +6,7 @@
 from libc.string cimport memset
 
 from pyopt cimport _rules as rules
-from pyopt._engine cimport Rule
+from pyopt._engine cimport BLOCK, Rule
 from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
 
@@ -315,6 +315,184 @@ cdef int pack_adamw_schedule_free(dict scalars, void *out) except -1:
 adamw_schedule_free = Rule.make("adamw_schedule_free", ("z", "exp_avg_sq"), adamw_schedule_free_span[float],
                                 adamw_schedule_free_span[double], pack_adamw_schedule_free)
 
+
+# --- rules that need sums over whole tensors --------------------------------------------------------------------------
+# In blocks of BLOCK elements: the terms of each element in double, then their sum. No vector's width is in its order.
+
+cdef double folded(double *x, Py_ssize_t n) noexcept nogil:
+    """The sum of n terms: those behind the largest power of 2 below n onto the first, until one is left."""
+    cdef Py_ssize_t half = 1
+    if n & (n - 1):
+        while 2 * half < n:
+            half *= 2
+        fold(x, x + half, n - half)
+        n = half
+    while n >= 8:
+        n //= 8
+        fold_thrice(x, x + n, n)
+    while n > 1:
+        n //= 2
+        fold(x, x + n, n)
+    return x[0] if n > 0 else 0
+
+
+cdef void fold(double *restrict x, const double *restrict y, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = x[i] + y[i]
+
+
+cdef void fold_thrice(double *restrict x, const double *restrict y, Py_ssize_t n) noexcept nogil:
+    """8 * n terms at once, with each loaded once."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = (((x[i] + y[i + 3 * n]) + (y[i + n] + y[i + 5 * n]))
+                + ((y[i] + y[i + 4 * n]) + (y[i + 2 * n] + y[i + 6 * n])))
+
+
+cdef void adam_scaled_sums(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                           floating *restrict v_max, floating *restrict _1, Py_ssize_t n, const void *scalars,
+                           double *sums) noexcept nogil:
+    cdef rules.AdamScaled h = (<const rules.AdamScaled *>scalars)[0]
+    cdef double x[BLOCK]
+    cdef double y[BLOCK]
+    cdef Py_ssize_t i
+    for i in range(n):
+        rules.adam_scaled_terms(p[i], g[i], &m[i], &v[i], &v_max[i], &x[i], &y[i], &h)
+    sums[0] = folded(x, n)
+    sums[1] = folded(y, n)
+
+
+cdef void adam_scaled_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                           floating *restrict v_max, floating *restrict _1, Py_ssize_t n,
+                           const void *scalars) noexcept nogil:
+    cdef rules.AdamScaled h = (<const rules.AdamScaled *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.adam_scaled(p[i], g[i], &m[i], &v[i], &v_max[i], &h)
+
+
+cdef void finish_adam_scaled(void *scalars, const double *sums, Py_ssize_t size) noexcept nogil:
+    rules.adam_scaled_finish(<rules.AdamScaled *>scalars, sums, size)
+
+
+cdef int pack_adam_scaled(dict scalars, void *out) except -1:
+    (<rules.AdamScaled *>out)[0] = {**scalars, "mask_factor": 1}
+    return 0
+
+
+adam_scaled = Rule.make("adam_scaled", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+                        adam_scaled_span[float], adam_scaled_span[double], pack_adam_scaled)\
+    .after_sums(adam_scaled_sums[float], adam_scaled_sums[double], finish_adam_scaled)
+(<Rule>adam).summing = adam_scaled
+
+
+cdef void lars_sums(floating *restrict p, const floating *restrict g, floating *restrict b, floating *restrict _1,
+                    floating *restrict _2, floating *restrict _3, Py_ssize_t n, const void *scalars,
+                    double *sums) noexcept nogil:
+    cdef rules.LARS h = (<const rules.LARS *>scalars)[0]
+    cdef double x[BLOCK]
+    cdef double y[BLOCK]
+    cdef Py_ssize_t i
+    for i in range(n):
+        rules.lars_terms(p[i], g[i], &x[i], &y[i], &h)
+    sums[0] = folded(x, n)
+    sums[1] = folded(y, n)
+
+
+cdef void lars_span(floating *restrict p, const floating *restrict g, floating *restrict b, floating *restrict _1,
+                    floating *restrict _2, floating *restrict _3, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.LARS h = (<const rules.LARS *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.lars(p[i], g[i], &b[i], &h)
+
+
+cdef void finish_lars(void *scalars, const double *sums, Py_ssize_t size) noexcept nogil:
+    rules.lars_finish(<rules.LARS *>scalars, sums, size)
+
+
+cdef int pack_lars(dict scalars, void *out) except -1:
+    (<rules.LARS *>out)[0] = scalars
+    return 0
+
+
+lars = Rule.make("lars", ("momentum_buffer",),
+                 lars_span[float], lars_span[double], pack_lars)\
+    .after_sums(lars_sums[float], lars_sums[double], finish_lars)
+
+
+cdef void lamb_sums(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                    floating *restrict _1, floating *restrict _2, Py_ssize_t n, const void *scalars,
+                    double *sums) noexcept nogil:
+    cdef rules.LAMB h = (<const rules.LAMB *>scalars)[0]
+    cdef double x[BLOCK]
+    cdef double y[BLOCK]
+    cdef Py_ssize_t i
+    for i in range(n):
+        rules.lamb_terms(p[i], g[i], &m[i], &v[i], &x[i], &y[i], &h)
+    sums[0] = folded(x, n)
+    sums[1] = folded(y, n)
+
+
+cdef void lamb_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                    floating *restrict _1, floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.LAMB h = (<const rules.LAMB *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.lamb(p[i], m[i], v[i], &h)
+
+
+cdef void finish_lamb(void *scalars, const double *sums, Py_ssize_t size) noexcept nogil:
+    rules.lamb_finish(<rules.LAMB *>scalars, sums, size)
+
+
+cdef int pack_lamb(dict scalars, void *out) except -1:
+    (<rules.LAMB *>out)[0] = scalars
+    return 0
+
+
+lamb = Rule.make("lamb", ("exp_avg", "exp_avg_sq"),
+                 lamb_span[float], lamb_span[double], pack_lamb)\
+    .after_sums(lamb_sums[float], lamb_sums[double], finish_lamb)
+
+
+cdef void prodigy_sums(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                       floating *restrict s, floating *restrict p0, Py_ssize_t n, const void *scalars,
+                       double *sums) noexcept nogil:
+    cdef rules.Prodigy h = (<const rules.Prodigy *>scalars)[0]
+    cdef double x[BLOCK]
+    cdef double y[BLOCK]
+    cdef Py_ssize_t i
+    for i in range(n):
+        rules.prodigy_terms(p[i], g[i], &m[i], &v[i], &s[i], &p0[i], &x[i], &y[i], &h)
+    sums[0] = h.numerator_weight * folded(x, n)
+    sums[1] = folded(y, n)
+
+
+cdef void prodigy_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict v,
+                       floating *restrict s, floating *restrict p0, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.Prodigy h = (<const rules.Prodigy *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.prodigy(p[i], m[i], v[i], &h)
+
+
+cdef void finish_prodigy(void *scalars, const double *sums, Py_ssize_t size) noexcept nogil:
+    rules.prodigy_finish(<rules.Prodigy *>scalars, sums, size)
+
+
+cdef int pack_prodigy(dict scalars, void *out) except -1:
+    (<rules.Prodigy *>out)[0] = scalars
+    return 0
+
+
+prodigy = Rule.make("prodigy", ("exp_avg", "exp_avg_sq", "s", "p0"),
+                    prodigy_span[float], prodigy_span[double], pack_prodigy)\
+    .after_sums(prodigy_sums[float], prodigy_sums[double], finish_prodigy, joint=True)
+
+
+# --- no optimizers ----------------------------------------------------------------------------------------------------
 
 cdef void interpolation_span(floating *restrict p, const floating *restrict z, floating *restrict _1,
                              floating *restrict _2, floating *restrict _3, floating *restrict _4, Py_ssize_t n,

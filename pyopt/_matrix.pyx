@@ -98,10 +98,10 @@ cdef class MatrixJob:
 
 cdef int fill_work(Work *w, Numbers *numbers, Rule rule, dict scalars, p, g) except -1:
     w.is_double = PyArray_TYPE(<PyArrayObject *>p) == NPY_DOUBLE
-    w.span32, w.span64 = rule.span32, rule.span64
+    numbers.kernel = &rule.kernel
     w.size = p.size
     w.stream[0], w.stream[1] = data_of(p), data_of(g)
-    return rule.pack(scalars, numbers)
+    return rule.pack(scalars, numbers.value)
 
 
 cdef class Writes:
@@ -130,7 +130,7 @@ cdef class Writes:
         w.slot, w.start = k, self.cost
         for j in range(len(states)):
             w.stream[2 + j] = NULL if states[j] is None else data_of(states[j])
-        self.held.append((p, g, states))
+        self.held.append((rule, p, g, states))
         self.cost += w.size + ROW_COST
         self.n_work = k + 1
 
@@ -180,7 +180,7 @@ cdef class Writes:
                 run_pass(&job.matrices, each.tile32, each.tile64)
         if self.n_work:
             with nogil:
-                sweep(self.work, self.n_work, self.numbers)
+                sweep(self.work, self.n_work, self.numbers, NULL)
         return 0
 
     def apply(self):
@@ -204,7 +204,7 @@ def apply_rule(Rule rule, dict scalars, p, g):
     memset(&w, 0, sizeof(w))
     fill_work(&w, &numbers, rule, scalars, p, g)
     with nogil:
-        sweep(&w, 1, &numbers)
+        sweep(&w, 1, &numbers, NULL)
 
 
 def dot(Pass product, x, y):

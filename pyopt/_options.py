@@ -32,6 +32,10 @@ CHECKS: Mapping[str, Check] = {
     "nesterov": flag,
     "centered": flag,
     "amsgrad": flag,
+    "update_clip": flag,
+    "cautious": flag,
+    "trust_ratio": flag,
+    "trust_coefficient": non_negative,
     "decoupled_weight_decay": flag,
 }
 

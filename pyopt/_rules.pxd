@@ -316,6 +316,126 @@ cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, fl
     return lerp(p, from_z, h.c) + <floating>h.y_step_size * g
 
 
+# --- rules that need sums over whole tensors --------------------------------------------------------------------------
+# *_terms makes of an element what is summed, x and y, in double, and may update its state; *_finish makes numbers of
+# the two sums over a tensor; the rule follows.
+
+# The rule of Adam, its step clipped by the root mean square of g / sqrt(v), or masked where it goes against g.
+ctypedef struct AdamScaled:
+    double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
+    double gradient_factor, mask_factor
+    bint amsgrad, update_clip, cautious
+
+cdef inline void adam_scaled_terms(floating p, floating g, floating* m, floating* v, floating* v_max, double* x,
+                                   double* y, const AdamScaled* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    m[0] = lerp(m[0], g, h.weight1)
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    cdef floating u = v[0]
+    if h.amsgrad:
+        u = v_max[0] = larger(v_max[0], u)
+    y[0] = 1 if m[0] * g > 0 else 0
+    x[0] = 0
+    if h.update_clip:
+        u = g / larger(root(u) * <floating>h.inverse_sqrt_bias_correction2, <floating>h.eps)
+        x[0] = <double>u * <double>u
+
+cdef inline void adam_scaled_finish(AdamScaled* h, const double* sums, Py_ssize_t size) noexcept nogil:
+    cdef double rms = sqrt(sums[0] / size), share = sums[1] / size
+    if h.update_clip and not rms <= 1:  # NaN shows
+        h.step_size /= rms
+        h.decay_factor = 1 - (1 - h.decay_factor) / rms
+    h.mask_factor = 1 / (share if share > 1e-3 else 1e-3)
+
+cdef inline floating adam_scaled(floating p, floating g, floating* m, floating* v, floating* v_max,
+                                 const AdamScaled* h) noexcept nogil:
+    cdef floating u = v_max[0] if h.amsgrad else v[0]
+    cdef floating d = root(u) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
+    u = <floating>h.step_size * m[0] / d
+    if h.cautious:
+        g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+        u = u * (<floating>h.mask_factor if m[0] * g > 0 else 0)
+    return p * <floating>h.decay_factor - u
+
+
+ctypedef struct LARS:
+    double lr, momentum, weight_decay, trust_coefficient, gradient_factor
+    bint nesterov, trust_ratio
+
+cdef inline void lars_terms(floating p, floating g, double* x, double* y, const LARS* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    x[0] = <double>p * <double>p
+    y[0] = <double>g * <double>g
+
+cdef inline void lars_finish(LARS* h, const double* sums, Py_ssize_t size) noexcept nogil:
+    cdef double p = sqrt(sums[0]), g = sqrt(sums[1])
+    if h.trust_ratio and p != 0 and g != 0:
+        h.lr *= h.trust_coefficient * p / (g + h.weight_decay * p)
+
+cdef inline floating lars(floating p, floating g, floating* b, const LARS* h) noexcept nogil:
+    g = <floating>h.lr * l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    if h.momentum != 0:
+        b[0] = b[0] * <floating>h.momentum + g
+        g = g + <floating>h.momentum * b[0] if h.nesterov else b[0]
+    return p - g
+
+
+ctypedef struct LAMB:
+    double lr, inverse_bias_correction1, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
+    double gradient_factor
+    bint trust_ratio
+
+cdef inline floating lamb_direction(floating p, floating m, floating v, const LAMB* h) noexcept nogil:
+    cdef floating d = root(v) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
+    return l2(<floating>h.inverse_bias_correction1 * m / d, p, h.weight_decay)
+
+cdef inline void lamb_terms(floating p, floating g, floating* m, floating* v, double* x, double* y,
+                            const LAMB* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    m[0] = lerp(m[0], g, h.weight1)
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    cdef floating u = lamb_direction(p, m[0], v[0], h)
+    x[0] = <double>p * <double>p
+    y[0] = <double>u * <double>u
+
+cdef inline void lamb_finish(LAMB* h, const double* sums, Py_ssize_t size) noexcept nogil:
+    if h.trust_ratio and sums[0] != 0 and sums[1] != 0:
+        h.lr *= sqrt(sums[0]) / sqrt(sums[1])
+
+cdef inline floating lamb(floating p, floating m, floating v, const LAMB* h) noexcept nogil:
+    return p - <floating>h.lr * lamb_direction(p, m, v, h)
+
+
+# The first two are kept from step to step; the sums are joint, so that they stay the same for all. Until the sums are
+# known d is that of the last step: all factors of g stand for it.
+ctypedef struct Prodigy:
+    double d, d_numerator, step_size, beta1, weight1, beta2, weight2, beta3, weight3, numerator_weight, d_coef, eps
+    double weight_decay, decay_factor, gradient_factor
+    bint first
+
+cdef inline void prodigy_terms(floating p, floating g, floating* m, floating* v, floating* s, floating* p0, double* x,
+                               double* y, const Prodigy* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    if h.first:
+        p0[0] = p
+    m[0] = m[0] * <floating>h.beta1 + <floating>h.weight1 * g
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    s[0] = s[0] * <floating>h.beta3 + <floating>h.weight3 * g
+    x[0] = <double>g * (<double>p0[0] - <double>p)
+    y[0] = magnitude(s[0])
+
+cdef inline void prodigy_finish(Prodigy* h, const double* sums, Py_ssize_t size) noexcept nogil:
+    h.d_numerator = h.beta3 * h.d_numerator + sums[0]
+    if sums[1] != 0:
+        h.d = larger(h.d, h.d_coef * h.d_numerator / sums[1])
+    h.eps *= h.d
+
+cdef inline floating prodigy(floating p, floating m, floating v, const Prodigy* h) noexcept nogil:
+    return p * <floating>h.decay_factor - <floating>h.step_size * m / (root(v) + <floating>h.eps)
+
+
+# --- no optimizers ----------------------------------------------------------------------------------------------------
+
 # The passage between y and x: p moved along the line through z, which comes in the place of the gradient.
 ctypedef struct Interpolation:
     double weight, gradient_factor
@@ -355,8 +475,7 @@ cdef inline floating factored(floating g, floating a, floating b, floating most)
     return g * (most if inverse > most else inverse)
 
 
-# --- the roof ---------------------------------------------------------------------------------------------------------
-# No optimizer: it reads and writes the streams of one with next to no arithmetic, for bench/ to measure against.
+# The roof: it reads and writes the streams of one with next to no arithmetic, for bench/ to measure against.
 
 ctypedef struct Roof:
     double gradient_factor

@@ -73,6 +73,7 @@ cdef struct Row:  # one parameter
 cdef class Plan:
     cdef dict seen
     cdef readonly dict options
+    cdef readonly Rule rule
     cdef readonly tuple names
     cdef PyObject *name[STATES]
     cdef object first_name
@@ -92,16 +93,17 @@ cdef class Workspace:
     cdef Row *rows
     cdef Work *work
     cdef Numbers *numbers
+    cdef double *sums  # SUMS for each block
     cdef Written *written
     cdef Written *known  # what was written when `ordered` was made of it
     cdef Written *ordered
-    cdef Py_ssize_t row_capacity, range_capacity, n_known, version
+    cdef Py_ssize_t row_capacity, range_capacity, sums_capacity, n_known, version
     # Of this step.
     cdef list groups, params, new_plans, new_counts, slot_errors
     cdef object states
     cdef dict new_copies
-    cdef Rule rule
-    cdef tuple count_names
+    cdef list spares  # floats that make room for others
+    cdef tuple count_names, shared_numbers
     cdef int n_counts
     cdef bint counts_steps, armed
     cdef bint again  # the look, since Python code has run or must run
@@ -116,22 +118,26 @@ cdef class Workspace:
     cdef Plan plan(self, optimizer, Py_ssize_t g, group)
     cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1
     cdef int add_slot(self, Plan plan, optimizer, Py_ssize_t step, tuple before) except -1
+    cdef int repeat_slot(self) except -1
     cdef PyObject *find_entry(self, param) except? NULL
     cdef int look(self, optimizer) except -1
     cdef int look_once(self) except -1
     cdef int order_written(self) except -1
     cdef bint add_written(self, Py_ssize_t row, char *begin, char *end) except -1
     cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1
+    cdef double *room_for_sums(self) except? NULL
     cdef bint enter_states(self) except -1
     cdef int arm(self) except -1
     cdef int disarm(self) noexcept
     cdef int commit(self) noexcept
+    cdef int store_shared_numbers(self) noexcept
     cdef int end(self) noexcept
     cdef int reserve(self, Py_ssize_t n) except -1
 
     # What a kind of arrays answers.
     cdef int take(self, Row *row, Py_ssize_t index) except -1
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1
+    cdef int check_entry(self, Row *row, Py_ssize_t index) except -1
     cdef bint holds(self, PyObject *entry, name) except -1
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2
     cdef dict make_state(self, Row *row, Plan plan, optimizer)

@@ -15,6 +15,8 @@ from cpython.dict cimport (
     PyDict_Clear, PyDict_Copy, PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem, PyDict_Size,
 )
 from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
+from cpython.float cimport PyFloat_FromDouble
+from cpython.list cimport PyList_SetItem
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
@@ -22,7 +24,7 @@ from libc.math cimport fabs, isfinite
 from libc.stdlib cimport qsort
 from libc.string cimport memcmp, memcpy, memset
 
-from pyopt._engine cimport ROW_COST, STATES, Numbers, Rule, Work, sweep
+from pyopt._engine cimport ROW_COST, STATES, SUMS, Numbers, Work, number_blocks, sweep
 
 import os
 
@@ -106,6 +108,7 @@ cdef class Plan:
 
     seen: the group's values that it was made of; None where one of them could change inside, so that it serves once.
     options: the hyper-parameters as Python numbers.
+    rule: what steps the group.
     names: the state array behind each stream of the rule, None where the options need none; None for a group that
     the kernels do not step.
     """
@@ -198,6 +201,7 @@ cdef class Workspace:
         PyMem_Free(self.rows)
         PyMem_Free(self.work)
         PyMem_Free(self.numbers)
+        PyMem_Free(self.sums)
         PyMem_Free(self.written)
         PyMem_Free(self.known)
         PyMem_Free(self.ordered)
@@ -258,6 +262,7 @@ cdef class Workspace:
         grads, where given, stand for the parameters' own, in the order of the groups; each is taken times
         gradient_factor.
         """
+        cdef double *sums
         self.begin(False)
         try:
             self.gradient_factor = gradient_factor
@@ -265,10 +270,11 @@ cdef class Workspace:
             self.look(optimizer)
             if self.enter_states():
                 self.look(optimizer)
+            sums = self.room_for_sums()
             self.announce()
             self.arm()
             with nogil:
-                sweep(self.work, self.n_work, self.numbers)
+                sweep(self.work, self.n_work, self.numbers, sums)
             self.commit()
         finally:
             self.end()
@@ -297,10 +303,10 @@ cdef class Workspace:
         if not isinstance(states, dict):
             raise TypeError(f"state of the optimizer is a {type(states).__name__}, must be a dict")
         self.states = states
-        self.rule = optimizer.rule
         self.counts_steps = optimizer.counts_steps
         self.count_names = ("step", *optimizer.number_states) if self.counts_steps else ()
         self.n_counts = len(self.count_names)
+        self.shared_numbers = optimizer.shared_numbers
         self.cursor = 0
         self.groups, self.params = list(optimizer.param_groups), []
         self.new_plans, self.new_counts, self.slot_errors = [], [], []
@@ -339,6 +345,8 @@ cdef class Workspace:
                     if step != last_step or before != last_before:
                         self.add_slot(plan, optimizer, step, before)
                         last_step, last_before = step, before
+                    elif plan.rule.kernel.finish != NULL:
+                        self.repeat_slot()
                     row.slot = len(self.new_counts) - 1
                 k += 1
         if grads is not None and len(grads) != k:
@@ -357,7 +365,8 @@ cdef class Workspace:
         plan = Plan.__new__(Plan)
         seen = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         optimizer.check_group(group)
-        plan.options = plain(group)
+        plan.options = {**optimizer.later, **plain(group)}
+        plan.rule = optimizer.rule_of(plan.options)
         plan.names = optimizer.state_streams(plan.options)
         if plan.names is not None and len(plan.names) > STATES:
             raise ValueError(f"state_streams returned {plan.names}, must have at most {STATES} names")
@@ -368,7 +377,7 @@ cdef class Workspace:
                 if plan.first_name is None:
                     plan.first_name = name
         plan.stateless = plan.first_name is None
-        plan.too_large = first_too_large(plan.options, optimizer.defaults)
+        plan.too_large = first_too_large(plan.options, optimizer.defaults.keys() - optimizer.shared_numbers)
         plan.finite = all_finite(plan.options, optimizer.defaults)
         plan.seen = seen if all(type(key) is str and is_constant(value) for key, value in seen.items()) else None
         return plan
@@ -384,6 +393,7 @@ cdef class Workspace:
                 what = type(<object>entry).__name__
                 raise TypeError(f"{label(index, <object>row.param)}: its state is a {what}, must be a dict")
             hold(&row.entry, <object>entry)
+            self.check_entry(row, index)
         if plan.stateless:
             return 2
         if entry == NULL or not self.holds(entry, plan.first_name):
@@ -450,11 +460,22 @@ cdef class Workspace:
                 break
             if not isfinite(x):
                 raise ValueError(f"{<object>key} == {x} in step {step}, must be finite: {options}")
-            if fabs(x) > FLT_MAX and too_large is None:
+            if fabs(x) > FLT_MAX and too_large is None and <object>key not in self.shared_numbers:  # these stay double
                 too_large = f"{<object>key} == {x} in step {step}, must be at most 3.4e38 in float32: {options}"
-        self.rule.pack(scalars, &self.numbers[len(self.new_counts)])
+        self.numbers[len(self.new_counts)].kernel = &plan.rule.kernel
+        if plan.rule.kernel.finish != NULL:  # its numbers can be options as they are
+            scalars = {**options, **scalars}
+        plan.rule.pack(scalars, self.numbers[len(self.new_counts)].value)
         self.slot_errors.append(too_large)
         self.new_counts.append(counts)
+        return 0
+
+    cdef int repeat_slot(self) except -1:
+        """The last numbers once more, for one more tensor that makes its own of them."""
+        cdef Py_ssize_t n = len(self.new_counts)
+        self.numbers[n] = self.numbers[n - 1]
+        self.slot_errors.append(self.slot_errors[n - 1])
+        self.new_counts.append(self.new_counts[n - 1])
         return 0
 
     # --- look ---------------------------------------------------------------------------------------------------------
@@ -484,8 +505,6 @@ cdef class Workspace:
                 continue
             w.start = cost
             w.slot = row.slot
-            w.span32 = self.rule.span32
-            w.span64 = self.rule.span64
             if not w.is_double and self.slot_errors[row.slot] is not None:
                 raise ValueError(f"{label(k, <object>row.param)} is float32: {self.slot_errors[row.slot]}")
             cost += w.size + ROW_COST
@@ -568,6 +587,20 @@ cdef class Workspace:
 
     # --- arm and commit -----------------------------------------------------------------------------------------------
 
+    cdef double *room_for_sums(self) except? NULL:
+        """Where the sweep puts the sums of blocks; NULL where no rule needs any."""
+        cdef Py_ssize_t k, n
+        for k in range(self.n_work):
+            if self.numbers[self.work[k].slot].kernel.finish != NULL:
+                break
+        else:
+            return NULL
+        n = number_blocks(self.work, self.n_work) + 1  # more than none
+        if n > self.sums_capacity:
+            self.sums = <double *>grown(self.sums, n * SUMS * sizeof(double))
+            self.sums_capacity = n
+        return self.sums
+
     cdef bint enter_states(self) except -1:
         """Give rows without one an empty entry in optimizer.state, which means no state; whether Python may have run."""
         cdef Py_ssize_t k
@@ -596,6 +629,11 @@ cdef class Workspace:
                 position = 0
                 while PyDict_Next(<object>row.made, &position, &key, &value):
                     PyDict_SetItem(<object>row.entry, <object>key, <object>value)
+        if self.shared_numbers and self.n_work:
+            self.spares = [PyFloat_FromDouble(0) for _ in self.shared_numbers]
+            for group, plan in zip(self.groups, self.new_plans):
+                for name in self.shared_numbers:
+                    PyDict_SetItem(group, name, (<Plan>plan).options[name])
         return 0
 
     cdef int disarm(self) noexcept:
@@ -625,6 +663,19 @@ cdef class Workspace:
             for k in range(self.n_rows):
                 if self.rows[k].route == KERNEL:
                     self.store_counts(&self.rows[k])
+        if self.shared_numbers and self.n_work:
+            self.store_shared_numbers()
+        return 0
+
+    cdef int store_shared_numbers(self) noexcept:
+        """Store in all groups what the rule has made of joint sums: the first numbers of its struct."""
+        cdef Py_ssize_t i, g
+        for i in range(len(self.shared_numbers)):
+            Py_INCREF(None)
+            PyList_SetItem(self.spares, i, None)  # its memory is that of the new one, which cannot fail so
+            value = PyFloat_FromDouble(self.numbers[self.work[0].slot].value[i])
+            for g in range(len(self.groups)):
+                PyDict_SetItem(self.groups[g], self.shared_numbers[i], value)
         return 0
 
     cdef int end(self) noexcept:
@@ -647,7 +698,7 @@ cdef class Workspace:
                 let_go(&row.count[j])
         self.groups = self.params = self.new_plans = self.new_counts = self.slot_errors = self.new_copies = None
         self.states = None
-        self.rule = None
+        self.shared_numbers = None
         self.stepping = self.unsteady = False
         return 0
 
@@ -671,6 +722,10 @@ cdef class Workspace:
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
         """Check what kind of object a gradient is, or make one of the right kind."""
         raise NotImplementedError
+
+    cdef int check_entry(self, Row *row, Py_ssize_t index) except -1:
+        """Raise where an entry of the state cannot be used safely."""
+        return 0
 
     cdef bint holds(self, PyObject *entry, name) except -1:
         """Whether an entry of the state holds something under this name."""

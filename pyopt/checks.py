@@ -90,12 +90,19 @@ def step_sizes(name: str, value: Any) -> None:
     number(f"{name}[1]", largest, low=smallest)
 
 
-def count(name: str, value: Any) -> None:
-    """A number of steps: an integer from 0 to 2**52, where counts stay."""
-    if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} == {value!r}, must be an int, not {type(value).__name__}")
-    if not 0 <= int(value) <= 2**52:
-        raise ValueError(f"{name} == {value!r}, must be >= 0 and <= 2**52")
+def at_least(low: int) -> Check:
+    """A check for an integer from low to 2**52, where counts stay."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} == {value!r}, must be an int, not {type(value).__name__}")
+        if not low <= int(value) <= 2**52:
+            raise ValueError(f"{name} == {value!r}, must be >= {low} and <= 2**52")
+
+    return check
+
+
+count = at_least(0)
 
 
 def warmup(name: str, value: Any) -> None:

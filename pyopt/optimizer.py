@@ -59,6 +59,9 @@ class Optimizer(Hooked):
     number_states: ClassVar[tuple[str, ...]] = ()
     # Whether the state holds "step", the number of steps of the parameter.
     counts_steps: ClassVar[bool] = False
+    # Numbers that a rule makes of all parameters of a step together, kept in every group as options are: the first
+    # fields of its struct.
+    shared_numbers: ClassVar[tuple[str, ...]] = ()
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Options that checkpoints of older torch lack, and what they mean there.
@@ -204,8 +207,14 @@ class Optimizer(Hooked):
 
     # --- what a compiled rule needs -----------------------------------------------------------------------------------
 
+    def rule_of(self, group: Group) -> Rule | None:
+        """The rule for a group; options can ask for the one that needs sums over whole tensors, `rule.summing`."""
+        return self.rule
+
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
+
+        Of a rule with sums, those fields that are options by their name come from the group.
 
         Args:
             group: the hyper-parameters, and what `next_numbers` returned, by name.
@@ -238,7 +247,11 @@ class Optimizer(Hooked):
         for name in self.number_states:
             state[name] = float(self.initial_value(name, group))
         for name in filter(None, self.state_streams(group)):
-            state[name] = np.full_like(p.data, self.initial_value(name, group))
+            value = self.initial_value(name, group)
+            if abs(value) > float(np.finfo(p.data.dtype).max):
+                options = {key: value for key, value in group.items() if key in self.defaults}
+                raise ValueError(f"state {name!r} cannot begin at {value!r} in {p.data.dtype}: {options}")
+            state[name] = np.full_like(p.data, value)
         return state
 
     # --- gradients ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,30 @@ class Case:
     reference: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def sums(self) -> bool:
+        """Whether the rule has numbers that follow from sums over whole tensors."""
+        return self.optimizer in SUMMING or not self.options.keys().isdisjoint({"update_clip", "cautious"})
+
+    @property
+    def joint(self) -> bool:
+        """Whether the sums go over all tensors together: the reference then takes all of them."""
+        return bool(self.optimizer.shared_numbers)
+
+    def step(self, params: list[tuple[Any, Any]], grads: list[Any], group: dict[str, Any]) -> Any:
+        """The reference's step of all (parameter, state) that have a gradient, and the new shared numbers."""
+        there = [i for i, g in enumerate(grads) if g is not None]
+        result = list(params)
+        if self.joint:
+            if not there:
+                return result, {}
+            after, shared = self.reference([params[i] for i in there], [grads[i] for i in there], [group] * len(there))
+        else:
+            after, shared = [self.reference(params[i][0], grads[i], params[i][1], group) for i in there], {}
+        for i, each in zip(there, after, strict=True):
+            result[i] = each
+        return result, shared
+
     def __str__(self) -> str:
         return "-".join([self.optimizer.__name__, *(f"{k}={v}" for k, v in self.options.items())]).replace(" ", "")
 
@@ -31,6 +55,7 @@ def combinations(optimizer: type[pyopt.Optimizer], oracle: Callable[..., Any], *
     ]
 
 
+SUMMING = (pyopt.LAMB, pyopt.LARS, pyopt.Prodigy)
 MAXIMIZE = [None, True]
 DECAY = [None, 0.1]
 
@@ -68,6 +93,56 @@ CASES = [
         betas=[None, (0.2, 0.9)],
     ),
     *combinations(pyopt.AdamW, reference.adam, amsgrad=[None, True], maximize=MAXIMIZE, eps=[None, 1e-3]),
+    *combinations(
+        pyopt.Adam,
+        reference.adam,
+        amsgrad=[None, True],
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        update_clip=[True],
+        cautious=[None, True],
+        betas=[None, (0.2, 0.9)],
+    ),
+    *combinations(
+        pyopt.Adam,
+        reference.adam,
+        amsgrad=[None, True],
+        weight_decay=DECAY,
+        maximize=MAXIMIZE,
+        cautious=[True],
+        betas=[None, (0.2, 0.9)],
+    ),
+    *combinations(pyopt.AdamW, reference.adam, update_clip=[None, True], cautious=[True], maximize=MAXIMIZE),
+    *combinations(
+        pyopt.LAMB,
+        reference.lamb,
+        betas=[None, (0.2, 0.9)],
+        weight_decay=DECAY,
+        trust_ratio=[None, False],
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        pyopt.LARS,
+        reference.lars,
+        momentum=[None, 0],
+        nesterov=[None, True],
+        weight_decay=DECAY,
+        trust_coefficient=[None, 0.1],
+        trust_ratio=[None, False],
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
+        pyopt.Prodigy,
+        reference.prodigy,
+        betas=[None, (0.2, 0.9)],
+        beta3=[None, 0.5],
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, False],
+        bias_correction=[None, True],
+        safeguard_warmup=[None, True],
+        d0=[None, 1e-2],
+        maximize=MAXIMIZE,
+    ),
     *combinations(pyopt.Adadelta, reference.adadelta, rho=[None, 0.5], weight_decay=DECAY, maximize=MAXIMIZE),
     *combinations(
         pyopt.Adamax,
@@ -181,6 +256,11 @@ BRIEF = [
     Case(pyopt.Adam, reference.adam, {"weight_decay": 0.1}),
     Case(pyopt.Adam, reference.adam, {"amsgrad": True}),
     Case(pyopt.AdamW, reference.adam),
+    Case(pyopt.AdamW, reference.adam, {"update_clip": True}),
+    Case(pyopt.AdamW, reference.adam, {"cautious": True, "amsgrad": True}),
+    Case(pyopt.LAMB, reference.lamb, {"weight_decay": 0.1}),
+    Case(pyopt.LARS, reference.lars, {"weight_decay": 0.1}),
+    Case(pyopt.Prodigy, reference.prodigy, {"weight_decay": 0.1, "d0": 1e-3}),
     Case(pyopt.Adadelta, reference.adadelta),
     Case(pyopt.Adamax, reference.adamax),
     Case(pyopt.NAdam, reference.nadam),
@@ -199,9 +279,9 @@ BRIEF = [
 
 DTYPES = [np.float32, np.float64]
 
-# 0, 1, every width of a vector in elements minus and plus one, whole lines of the cut, and sizes of several parts.
+# 0, 1, every width of a vector in elements minus and plus one, whole lines of the cut, blocks of sums, several parts.
 WIDTHS = sorted({max(0, k * w + d) for w in (1, 2, 4, 8, 16, 32, 64) for k in (1, 3) for d in (-1, 0, 1)})
-SIZES = [*WIDTHS, 16383, 16384, 16385, 40_000, 70_001]
+SIZES = [*WIDTHS, 1023, 1024, 1025, 2048, 3000, 16383, 16384, 16385, 40_000, 70_001]
 
 
 def parameters(shapes: list[Any], dtype: Any, seed: int = 0) -> list[pyopt.Parameter]:

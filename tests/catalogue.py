@@ -7,6 +7,8 @@ from pyopt import (
     ADOPT,
     ASGD,
     FTRL,
+    LAMB,
+    LARS,
     SGD,
     AdaBelief,
     Adadelta,
@@ -115,6 +117,7 @@ TABLE = [
         {"weight_decay": 0.1},
         ["step", "lr_max", "weight_sum", "z", "exp_avg_sq"],
     ),
+    (AdamW, {"lr": 0.1, "update_clip": True, "cautious": True}, {"lr": 0.3}, ["step", "exp_avg", "exp_avg_sq"]),
     (Own, {}, {"decay": 0.5}, ["n", "mean"]),
 ]
 IDS = ["-".join([row[0].__name__, *row[1]]) for row in TABLE]
@@ -127,8 +130,8 @@ CLASSES = pytest.mark.parametrize("cls, options", ONE.values())
 TYPES = pytest.mark.parametrize("dtype", DTYPES)
 GROUP_KEYS = {
     SGD: "lr momentum dampening weight_decay nesterov maximize",
-    Adam: "lr betas eps weight_decay amsgrad maximize decoupled_weight_decay",
-    AdamW: "lr betas eps weight_decay amsgrad maximize decoupled_weight_decay",
+    Adam: "lr betas eps weight_decay amsgrad maximize update_clip cautious decoupled_weight_decay",
+    AdamW: "lr betas eps weight_decay amsgrad maximize update_clip cautious decoupled_weight_decay",
     RMSprop: "lr momentum alpha eps centered weight_decay maximize",
     Adagrad: "lr lr_decay eps weight_decay initial_accumulator_value maximize",
     Lion: "lr betas weight_decay maximize",
@@ -145,6 +148,8 @@ GROUP_KEYS = {
     FTRL: "lr l1 l2 beta initial_accumulator_value maximize",
     SGDScheduleFree: "lr momentum weight_decay warmup_steps r weight_lr_power maximize train_mode",
     AdamWScheduleFree: "lr betas eps weight_decay warmup_steps r weight_lr_power maximize train_mode",
+    LAMB: "lr betas eps weight_decay trust_ratio maximize",
+    LARS: "lr momentum weight_decay trust_coefficient nesterov trust_ratio maximize",
     Own: "lr decay maximize",
 }
 # The same values in another memory order; parameters can be those of DENSE.

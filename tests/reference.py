@@ -81,19 +81,118 @@ def adam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     f = p.dtype.type
     beta1, beta2 = h["betas"]
     t = s["step"] + 1 if s else 1
-    g = signed(g, h)
-    if h["decoupled_weight_decay"]:
-        p = p * f(1 - h["lr"] * h["weight_decay"])
-    else:
-        g = penalized(g, p, h)
+    g = signed(g, h) if h["decoupled_weight_decay"] else penalized(signed(g, h), p, h)
     m = lerp(s["exp_avg"] if s else np.zeros_like(p), g, 1 - beta1)
     v = f(beta2) * (s["exp_avg_sq"] if s else np.zeros_like(p)) + f(1 - beta2) * g * g
     new = {"step": t, "exp_avg": m, "exp_avg_sq": v}
     u = v
     if h["amsgrad"]:
         u = new["max_exp_avg_sq"] = np.maximum(s["max_exp_avg_sq"], v) if s else v
-    d = np.sqrt(u) * f(1 / math.sqrt(1 - beta2**t)) + f(h["eps"])
-    return p - f(h["lr"] / (1 - beta1**t)) * m / d, new
+    root = np.sqrt(u) * f(1 / math.sqrt(1 - beta2**t))
+    rms, mask = 1.0, f(1)
+    if h["update_clip"]:
+        rms = max(1.0, math.sqrt(mean(squared(g / np.maximum(root, f(h["eps"]))))), key=nan_is_largest)
+    if h["cautious"]:
+        agrees = m * g > 0
+        mask = agrees * f(1 / max(mean(agrees), 1e-3))
+    kept = 1 - h["lr"] * h["weight_decay"] if h["decoupled_weight_decay"] else 1
+    kept = kept if rms == 1 else 1 - (1 - kept) / rms
+    return p * f(kept) - f(h["lr"] / (1 - beta1**t) / rms) * m / (root + f(h["eps"])) * mask, new
+
+
+def nan_is_largest(x: float) -> tuple[bool, float]:
+    return math.isnan(x), x
+
+
+def total(terms: Array) -> float:
+    """The sum in double over a tensor, as it lies in memory: each block of 1024 folded to one, then block by block."""
+    terms = np.array(terms, np.float64).ravel("K")
+    result = 0.0
+    for begin in range(0, terms.size, 1024):
+        block = terms[begin : begin + 1024]
+        while (n := block.size) > 1:
+            half = 1 << (n - 1).bit_length() - 1
+            block[: n - half] += block[half:]
+            block = block[:half]
+        result += float(block[0])
+    return result
+
+
+def mean(terms: Array) -> float:
+    return total(terms) / terms.size if terms.size else 0.0
+
+
+def squared(x: Array) -> Array:
+    return x.astype(np.float64) ** 2
+
+
+def norm(x: Array) -> float:
+    return math.sqrt(total(squared(x)))
+
+
+def lamb(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    beta1, beta2 = h["betas"]
+    t, (m, v) = started(p, s, "exp_avg", "exp_avg_sq")
+    g = signed(g, h)
+    m = lerp(m, g, 1 - beta1)
+    v = squares(v, g, beta2)
+    d = np.sqrt(v) * f(1 / math.sqrt(1 - beta2**t)) + f(h["eps"])
+    u = penalized(f(1 / (1 - beta1**t)) * m / d, p, h)
+    of_p, of_u = norm(p), norm(u)
+    rate = h["lr"] * (of_p / of_u if h["trust_ratio"] and of_p and of_u else 1)
+    return p - f(rate) * u, {"step": t, "exp_avg": m, "exp_avg_sq": v}
+
+
+def lars(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    g = signed(g, h)
+    of_p, of_g = norm(p), norm(g)
+    rate = h["lr"]
+    if h["trust_ratio"] and of_p and of_g:
+        rate *= h["trust_coefficient"] * of_p / (of_g + h["weight_decay"] * of_p)
+    g = f(rate) * penalized(g, p, h)
+    if h["momentum"] == 0:
+        return p - g, {}
+    b = f(h["momentum"]) * (s["momentum_buffer"] if s else np.zeros_like(p)) + g
+    return p - (g + f(h["momentum"]) * b if h["nesterov"] else b), {"momentum_buffer": b}
+
+
+def prodigy(
+    params: list[tuple[Array, State]], grads: list[Array], groups: list[State]
+) -> tuple[list[tuple[Array, State]], dict[str, float]]:
+    """All parameters of a step together; also returns the new d and d_numerator."""
+    d = d_new = groups[0]["d"]
+    before = []
+    numerator = denominator = 0.0
+    for (p, s), g, h in zip(params, grads, groups, strict=True):
+        f = p.dtype.type
+        beta1, beta2 = h["betas"]
+        beta3 = math.sqrt(beta2) if h["beta3"] is None else h["beta3"]
+        t, (m, v, moved) = started(p, s, "exp_avg", "exp_avg_sq", "s")
+        first = s["p0"] if s else p
+        rate = d * h["lr"]
+        if h["bias_correction"]:
+            rate *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        g = signed(g, h) if h["decoupled_weight_decay"] else penalized(signed(g, h), p, h)
+        m = f(beta1) * m + f((1 - beta1) * d) * g
+        v = f(beta2) * v + f((1 - beta2) * d * d) * g * g
+        moved = f(beta3) * moved + f(d / h["d0"] * (d if h["safeguard_warmup"] else rate)) * g
+        weight = d / h["d0"] * rate  # block by block
+        terms = (g.astype(float) * (first.astype(float) - p.astype(float))).ravel("K")
+        numerator += sum((weight * total(terms[i : i + 1024]) for i in range(0, p.size, 1024)), 0.0)
+        denominator += total(np.abs(moved))
+        before.append((rate, {"step": t, "exp_avg": m, "exp_avg_sq": v, "s": moved, "p0": first.copy()}))
+    numerator += beta3 * groups[0]["d_numerator"]
+    if denominator:
+        d_new = max(d, groups[0]["d_coef"] * numerator / denominator, key=nan_is_largest)
+    after = []
+    for (p, _), h, (rate, s) in zip(params, groups, before, strict=True):
+        f = p.dtype.type
+        decay = rate * h["weight_decay"] if h["decoupled_weight_decay"] else 0
+        step = f(rate) * s["exp_avg"] / (np.sqrt(s["exp_avg_sq"]) + f(h["eps"] * d_new))
+        after.append((p * f(1 - decay) - step, s))
+    return after, {"d": d_new, "d_numerator": numerator}
 
 
 def decayed(p: Array, g: Array, h: State) -> tuple[Array, Array]:

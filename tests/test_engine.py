@@ -63,8 +63,8 @@ def everything_shared() -> Iterator[None]:
 @given(
     case=st.sampled_from(CASES),
     dtype=st.sampled_from(DTYPES),
-    total=st.integers(1, 3000),
-    cuts=st.lists(st.integers(0, 3000), max_size=8),
+    total=st.integers(1, 6000),
+    cuts=st.lists(st.integers(0, 6000), max_size=8),
     offsets=st.lists(st.integers(0, 16), min_size=9, max_size=9),
     threads=st.integers(1, 5),
     level=st.sampled_from(_isa.supported_levels()),
@@ -76,9 +76,6 @@ def test_splits_alignment_threads_and_levels(
     rng = np.random.default_rng(total)
     data = rng.standard_normal(total).astype(dtype)
     grads = [rng.standard_normal(total).astype(dtype) for _ in range(3)]
-    whole = pyopt.Parameter(data.copy())
-    one = case.optimizer([whole], **case.options)
-
     bounds = [0, *sorted(min(cut, total) for cut in cuts), total]
     pieces = []
     for (begin, end), offset in zip(pairwise(bounds), offsets, strict=False):
@@ -86,18 +83,29 @@ def test_splits_alignment_threads_and_levels(
         buffer[offset:] = data[begin:end]
         pieces.append(pyopt.Parameter(buffer[offset:]))
     many = on_level(case.optimizer(pieces, **case.options), level)
+    if not case.sums:
+        wholes = [pyopt.Parameter(data.copy())]
+    else:  # sums over a tensor are its own: the same tensors, aligned, in one thread
+        wholes = [pyopt.Parameter(data[begin:end].copy()) for begin, end in pairwise(bounds)]
+    one = case.optimizer(wholes, **case.options)
 
     with pyopt.num_threads(1):
         for g in grads:
-            one.step(grads=[g])
+            one.step(grads=[g[begin:end] for begin, end in pairwise(bounds)] if case.sums else [g])
     with everything_shared(), pyopt.num_threads(threads):
         for g in grads:
             many.step(grads=[g[begin:end] for begin, end in pairwise(bounds)])
             assert threads_used() == threads
-    assert_same_bits(np.concatenate([p.data for p in pieces]), whole.data, str(case))
-    for name, value in one.state[whole].items():
+    assert_same_bits(*(np.concatenate([p.data for p in params]) for params in (pieces, wholes)), str(case))
+    for name, value in one.state[wholes[0]].items():
         if isinstance(value, np.ndarray):
-            assert_same_bits(np.concatenate([many.state[p][name] for p in pieces]), value, f"{case} {name}")
+            ours, theirs = (
+                np.concatenate([optimizer.state[p][name] for p in params])
+                for optimizer, params in ((many, pieces), (one, wholes))
+            )
+            assert_same_bits(ours, theirs, f"{case} {name}")
+    for name in case.optimizer.shared_numbers:
+        assert many.param_groups[0][name] == one.param_groups[0][name]
 
 
 def test_threads_used_is_what_openmp_gave() -> None:

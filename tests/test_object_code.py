@@ -76,15 +76,21 @@ def disassembly(module: str) -> str:
     return subprocess.run(["objdump", "-d", path], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("rule", RULES)
+SUMS = [name for name, value in vars(_kernels).items() if isinstance(value, Rule) and value.has_sums]
+LOOPS = {
+    **{rule: (2, rf"\(__pyx_v_p\[.* = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}\(") for rule in RULES},
+    **{f"terms of {rule}": (2, rf"__pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}_terms\(\(__pyx_v_p") for rule in SUMS},
+    "fold": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
+    "fold_thrice": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(\(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
+}
+
+
+@pytest.mark.parametrize("rule", LOOPS)
 def test_every_loop_is_vectorised(report: tuple[str, str], rule: str) -> None:
     code, messages = report
-    bodies = [
-        number
-        for number, line in enumerate(code.splitlines(), 1)
-        if re.search(rf"\(__pyx_v_p\[.* = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}\(", line)
-    ]
-    assert len(bodies) == 2, "a span for float and one for double"
+    count, pattern = LOOPS[rule]
+    bodies = [number for number, line in enumerate(code.splitlines(), 1) if re.search(pattern, line)]
+    assert len(bodies) == count, "a loop for float and one for double"
     for body in bodies:
         # The loop's own line stands a few lines above its body.
         near = {f"_kernels.c:{line}:" for line in range(body - 40, body + 1)}

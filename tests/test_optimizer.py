@@ -11,6 +11,8 @@ from pyopt import (
     ADOPT,
     ASGD,
     FTRL,
+    LAMB,
+    LARS,
     SGD,
     AdaBelief,
     Adadelta,
@@ -80,8 +82,8 @@ def test_new_groups_take_the_defaults():
 
 DEFAULTS = {
     SGD: (1e-3, 0, 0, 0, False, False),
-    Adam: (1e-3, (0.9, 0.999), 1e-8, 0, False, False, False),
-    AdamW: (1e-3, (0.9, 0.999), 1e-8, 1e-2, False, False, True),
+    Adam: (1e-3, (0.9, 0.999), 1e-8, 0, False, False, False, False, False),
+    AdamW: (1e-3, (0.9, 0.999), 1e-8, 1e-2, False, False, False, False, True),
     RMSprop: (1e-2, 0, 0.99, 1e-8, False, 0, False),
     Adagrad: (1e-2, 0, 1e-10, 0, 0, False),
     Lion: (1e-4, (0.9, 0.99), 0, False),
@@ -96,6 +98,8 @@ DEFAULTS = {
     AdEMAMix: (1e-3, (0.9, 0.999, 0.9999), 1e-8, 2.0, None, None, 0, False),
     Adan: (1e-3, (0.98, 0.92, 0.99), 1e-8, 0.02, False),
     FTRL: (1e-3, 0, 0, 0, 0.1, False),
+    LAMB: (1e-3, (0.9, 0.999), 1e-6, 0, True, False),
+    LARS: (1.0, 0.9, 0, 1e-3, False, True, False),
     SGDScheduleFree: (1.0, 0.9, 0, 0, 0, 2, False, True),
     AdamWScheduleFree: (2.5e-3, (0.9, 0.999), 1e-8, 0, 0, 0, 2, False, True),
     Own: (0.1, 0.9, False),
@@ -120,8 +124,8 @@ def test_arguments_in_torchs_order():
     w = [np.ones(1)]
     opts = {
         SGD(w, 1, 2, 0, 4, True): (1, 2, 0, 4, True, False),
-        Adam(w, 1, (0.2, 0.3), 4, 5, True): (1, (0.2, 0.3), 4, 5, True, False, False),
-        AdamW(w, 1, (0.2, 0.3), 4, 5, True): (1, (0.2, 0.3), 4, 5, True, False, True),
+        Adam(w, 1, (0.2, 0.3), 4, 5, True): (1, (0.2, 0.3), 4, 5, True, False, False, False, False),
+        AdamW(w, 1, (0.2, 0.3), 4, 5, True): (1, (0.2, 0.3), 4, 5, True, False, False, False, True),
         RMSprop(w, 1, 0.2, 3, 4, 5, True, True): (1, 5, 0.2, 3, True, 4, True),
         Adagrad(w, 1, 2, 3, 4, 5): (1, 2, 5, 3, 4, False),
         Lion(w, 1, (0.2, 0.3), 4): (1, (0.2, 0.3), 4, False),

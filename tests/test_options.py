@@ -29,6 +29,10 @@ BOUNDS = {
     "nesterov": ([True], []),
     "centered": ([True], []),
     "amsgrad": ([True], []),
+    "update_clip": ([True], []),
+    "cautious": ([True], []),
+    "trust_ratio": ([False], []),
+    "trust_coefficient": ([0, 2.5], [-0.1]),
     "decoupled_weight_decay": ([True], []),
 }
 

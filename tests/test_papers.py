@@ -149,6 +149,109 @@ def adamw_schedule_free(p: float, gradients: list[float], lr: float, weight_deca
         yield (1 - beta1) * z + beta1 * x
 
 
+# A walk of a whole tensor, for what has norms: the parameter's first values and the gradients give all later ones.
+Tensor = np.ndarray[Any, Any]
+
+
+def stable_adamw(p: Tensor, gradients: list[Tensor], lr: float, weight_decay: float) -> Iterator[Tensor]:
+    """Wortsman et al., algorithm 2, with its debiased betas. optax has none; optimi's has other defaults."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    m = v = np.zeros_like(p)
+    for t, g in enumerate(gradients, 1):
+        b1, b2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in (beta1, beta2))
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        rate = lr / max(1, math.sqrt(np.mean(g**2 / np.maximum(v, eps**2))))
+        p = p - rate * weight_decay * p - rate * m / (np.sqrt(v) + eps)
+        yield p
+
+
+def cautious_adamw(p: Tensor, gradients: list[Tensor], lr: float, weight_decay: float) -> Iterator[Tensor]:
+    """Liang et al., algorithm 1, on AdamW, with the scale of timm: 1 / max(mean of the mask, 1e-3).
+
+    The paper has n / (sum of the mask + 1), and no limit. optax has none.
+    """
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    m = v = np.zeros_like(p)
+    for t, g in enumerate(gradients, 1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        u = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
+        mask = u * g > 0
+        p = p - lr * weight_decay * p - lr * u * mask / max(mask.mean(), 1e-3)
+        yield p
+
+
+def lamb(p: Tensor, gradients: list[Tensor], lr: float, weight_decay: float) -> Iterator[Tensor]:
+    """You et al. 2019, algorithm 2, phi the identity. optax.lamb: the same."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-6
+    m = v = np.zeros_like(p)
+    for t, g in enumerate(gradients, 1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        u = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps) + weight_decay * p
+        p = p - lr * np.linalg.norm(p) / np.linalg.norm(u) * u
+        yield p
+
+
+def lars(p: Tensor, gradients: list[Tensor], lr: float, weight_decay: float) -> Iterator[Tensor]:
+    """You et al. 2017, algorithm 1.
+
+    optax.lars: the same, without decay; with it, another one, which divides by the norm of g + weight_decay * p.
+    """
+    v = np.zeros_like(p)
+    for g in gradients:
+        local = 0.001 * np.linalg.norm(p) / (np.linalg.norm(g) + weight_decay * np.linalg.norm(p))
+        v = 0.9 * v + lr * local * (g + weight_decay * p)
+        p = p - v
+        yield p
+
+
+def prodigy(p: Tensor, gradients: list[Tensor], lr: float, weight_decay: float) -> Iterator[Tensor]:
+    """Mishchenko and Defazio, algorithm 4, the decay of AdamW, and eps times the new d, as in their package.
+
+    Its sums of all steps are weighted by powers of beta3. optax.contrib.prodigy: the same, with the bias correction.
+    """
+    beta1, beta2, eps, d = 0.9, 0.999, 1e-8, 1e-6
+    beta3 = math.sqrt(beta2)
+    start, m, v = p, np.zeros_like(p), np.zeros_like(p)
+    along: list[float] = []
+    moved: list[Tensor] = []
+    for t, g in enumerate(gradients):
+        m, v = beta1 * m + (1 - beta1) * d * g, beta2 * v + (1 - beta2) * d**2 * g**2
+        along.append(lr * d**2 * float(g @ (start - p)))
+        moved.append(lr * d**2 * g)
+        ages = beta3 ** np.arange(t, -1, -1)
+        after = max(d, float(ages @ np.array(along)) / np.abs(ages @ np.array(moved)).sum())
+        p = p - lr * d * weight_decay * p - lr * d * m / (np.sqrt(v) + after * eps)
+        d = after
+        yield p
+
+
+TENSORS: list[tuple[type[pyopt.Optimizer], Callable[..., Iterator[Tensor]], dict[str, Any]]] = [
+    (pyopt.AdamW, stable_adamw, {"update_clip": True}),
+    (pyopt.AdamW, cautious_adamw, {"cautious": True}),
+    (pyopt.LAMB, lamb, {}),
+    (pyopt.LARS, lars, {}),
+    (pyopt.Prodigy, prodigy, {}),
+]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("optimizer, walk, more", TENSORS, ids=[row[1].__name__ for row in TENSORS])
+def test_of_whole_tensors_as_printed(
+    optimizer: type[pyopt.Optimizer], walk: Any, more: dict[str, Any], maximize: bool
+) -> None:
+    rng = np.random.default_rng(7)
+    start = rng.standard_normal(50)
+    gradients = rng.standard_normal((STEPS, 50)) * rng.uniform(0.1, 10, (STEPS, 1)) + 0.3
+    lr = 1.0 if optimizer is pyopt.Prodigy else 0.02
+    p = pyopt.Parameter(start.copy())
+    ours = optimizer([p], lr=lr, weight_decay=0.1, **more, maximize=maximize)
+    sign = -1 if maximize else 1
+    for step, expected in enumerate(walk(start, [sign * g for g in gradients], lr=lr, weight_decay=0.1)):
+        ours.step(grads=[gradients[step]])
+        np.testing.assert_allclose(p.data, expected, rtol=1e-9, atol=1e-12, err_msg=f"step {step + 1}")
+    assert step == STEPS - 1
+
+
 DECAY = {"lr": 0.02, "weight_decay": 0.1}
 PAPERS: list[tuple[type[pyopt.Optimizer], Callable[..., Walk], dict[str, Any], dict[str, Any]]] = [
     (pyopt.Lion, lion, DECAY, {}),

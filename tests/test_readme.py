@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import pyopt
+import pyopt.lr_scheduler
 import pyopt.optimizers
 
 if find_spec("torch"):
@@ -49,7 +50,7 @@ def test_own_optimizer() -> None:
     assert np.allclose(optimizer.state_dict()["state"][0]["momentum_buffer"], [0.3, -0.4])
 
 
-PACKAGES = [pyopt, pyopt.optimizers] + ([pyopt.torch] if find_spec("torch") else [])
+PACKAGES = [pyopt, pyopt.lr_scheduler, pyopt.optimizers] + ([pyopt.torch] if find_spec("torch") else [])
 
 
 MODULES = [

@@ -393,19 +393,23 @@ def test_repr():
 Parameter Group 0
     amsgrad: False
     betas: (0.9, 0.999)
+    cautious: False
     decoupled_weight_decay: False
     eps: 1e-08
     lr: 0.5
     maximize: False
+    update_clip: False
     weight_decay: 0.1
 
 Parameter Group 1
     amsgrad: True
     betas: (0.9, 0.999)
+    cautious: False
     decoupled_weight_decay: False
     eps: 1e-08
     lr: 0.001
     maximize: False
+    update_clip: False
     weight_decay: 0.1
 )"""
     assert repr(opt) == str(opt) == text

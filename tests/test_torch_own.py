@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pyopt
-from cases import CASES, Case, assert_same_bits
+from cases import CASES, SUMMING, Case, assert_same_bits
 from torch_or_skip import new_parameters, optim, torch
 
 OWN = sorted({c.optimizer for c in CASES if not hasattr(torch.optim, c.optimizer.__name__)}, key=lambda c: c.__name__)
@@ -88,7 +88,7 @@ def test_a_nan_shows_by_formula(core: type[pyopt.Optimizer]) -> None:
     for _ in range(2):  # ADOPT moves in the second step
         p.grad = torch.tensor([0.5, float("nan"), 0.5], dtype=torch.bfloat16)
         optimizer.step()
-    assert p.isnan().tolist() == [False, True, False]
+    assert p.isnan().tolist() == [False, True, False] or (core in SUMMING and p.isnan().all())
 
 
 @each_own

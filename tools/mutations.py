@@ -20,6 +20,7 @@ def of(file: str, tests: str, *changes: tuple[str, str, str]) -> list[Mutation]:
 
 RULES = "tests/test_rules.py"
 ENGINE = "tests/test_threads.py tests/test_engine.py"
+SCHEDULES = "tests/test_lr_scheduler.py tests/test_torch_lr_scheduler.py"
 BAD_INPUT = "tests/test_bad_input.py tests/test_arrays.py tests/test_optimizer.py tests/test_rules.py"
 
 MUTATIONS = [
@@ -127,7 +128,7 @@ MUTATIONS = [
         ),
         ("number(name, value, 0)", "number(name, value, -1)", "negative numbers"),
         ("x < below):", "x <= below):", "a strict bound"),
-        ("0 <= int(value) < 2**63 - 1:", "0 <= int(value) <= 2**63 - 1:", "the last step count"),
+        ("low <= int(value) <= 2**52:", "low <= int(value):", "the last step count"),
         ("len(value) != 2", "len(value) < 2", "three betas"),
     ),
     *of(
@@ -168,5 +169,65 @@ MUTATIONS = [
         "tests/test_hooks.py",
         ("last=False", "last=True", "prepend"),
         ("hooks.pop(self.id, None)", "pass", "a removed hook runs on"),
+    ),
+    *of(
+        "pyopt/lr_scheduler/base.py",
+        SCHEDULES,
+        ('if group["lr"] is not found[i] or ', "if ", "lr set by hand is overwritten"),
+        ("type(lr) is not float or ", "", "lr of NumPy's types is put into groups"),
+        ("        twin._go(", "        self._go(", "a state that cannot be set changes the schedule"),
+        ("        current.fill_(lr)\n        return float(current)\n", "", "lr that is a tensor becomes a number"),
+        ('key = "initial_lr" if "initial_lr" in group else "lr"', 'key = "lr"', "the base is the lr of the moment"),
+        ("deepcopy(given[key])", "given[key]", "the schedule shares lists with the state"),
+        ("        self._take_new(self.optimizer.param_groups)\n", "", "a state without the groups added last"),
+    ),
+    *of(
+        "pyopt/lr_scheduler/base.py",
+        "tests/test_lr_scheduler.py -k state_of_another",  # the others would not end
+        ("            twin.check_arguments()\n", "            pass\n", "saved arguments are not checked"),
+    ),
+    *of(
+        "pyopt/lr_scheduler/factors.py",
+        SCHEDULES,
+        ("if step < known or len(products)", "if len(products)", "MultiplicativeLR: back to an earlier step"),
+        ("bisect_right(self.milestones, step)", "bisect_right(self.milestones, step - 1)", "decay one step late"),
+        ("        self.milestones.sort()\n", "", "milestones out of order"),
+    ),
+    *of(
+        "pyopt/lr_scheduler/cosine.py",
+        SCHEDULES,
+        ("while step >= begin + period", "while step > begin + period", "a restart one step late"),
+        ("if not self._begin <= step <", "if not step <", "back to an earlier period"),
+    ),
+    *of(
+        "pyopt/lr_scheduler/cycles.py",
+        SCHEDULES,
+        ("if end > begin else 1.0", "", "a peak at step 0 divides by zero"),
+        ("if step != self._step or groups", "if groups", "the values of another step"),
+    ),
+    *of(
+        "pyopt/lr_scheduler/composed.py",
+        SCHEDULES,
+        ("step - self.milestones[i - 1] if i else step", "step", "a part begins in its middle"),
+        ("lrs = scheduler.values_at(step, lrs)", "lrs = scheduler.values_at(step, base_lrs)", "the last overwrites"),
+        (
+            "            scheduler._become(part)\n",
+            "            pass\n",
+            "the parts are not loaded",
+        ),
+        ("min(step, ends[j] - 1)", "step", "momentum runs on behind its part"),
+    ),
+    *of(
+        "pyopt/lr_scheduler/plateau.py",
+        SCHEDULES,
+        ("self.num_bad_epochs > self.patience", "self.num_bad_epochs >= self.patience", "one call too early"),
+        ("if lr - reduced > self.eps", "if lr > reduced", "reductions that are too small"),
+    ),
+    *of(
+        "pyopt/decay.py",
+        "tests/test_decay.py",
+        ("(?![^\\\\W\\\\d_])", "", "normal is a norm"),
+        ("array.ndim < min_ndim", "array.ndim <= min_ndim", "matrices are not decayed"),
+        ("map(re.escape, patterns)", "patterns", "patterns are regular expressions"),
     ),
 ]

@@ -12,11 +12,14 @@ from pyopt.optimizers.ademamix import AdEMAMix as AdEMAMix
 from pyopt.optimizers.adopt import ADOPT as ADOPT
 from pyopt.optimizers.asgd import ASGD as ASGD
 from pyopt.optimizers.ftrl import FTRL as FTRL
+from pyopt.optimizers.lamb import LAMB as LAMB
+from pyopt.optimizers.lars import LARS as LARS
 from pyopt.optimizers.lbfgs import LBFGS as LBFGS
 from pyopt.optimizers.lion import Lion as Lion
 from pyopt.optimizers.muon import Muon as Muon
 from pyopt.optimizers.muon import MuonAdamW as MuonAdamW
 from pyopt.optimizers.nadam import NAdam as NAdam
+from pyopt.optimizers.prodigy import Prodigy as Prodigy
 from pyopt.optimizers.radam import RAdam as RAdam
 from pyopt.optimizers.rmsprop import RMSprop as RMSprop
 from pyopt.optimizers.rprop import Rprop as Rprop

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from pyopt._engine import Rule
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 
@@ -19,6 +20,11 @@ class Adam(Optimizer):
         u = v, or max(u, v) with amsgrad
         p = p - lr / (1 - betas[0]**t) * m / (sqrt(u) / sqrt(1 - betas[1]**t) + eps)
 
+    Two options need numbers of the whole tensor, summed in double. With `update_clip`, lr is divided by
+    max(1, sqrt(mean(r**2))), r = g / max(sqrt(u) / sqrt(1 - betas[1]**t), eps): a tensor whose gradient is much larger
+    than its second moment knows yet moves less. With `cautious`, what is taken from p is multiplied by
+    [m * g > 0] / max(mean([m * g > 0]), 1e-3): elements do not move against their gradient, the others further.
+
     Args:
         params: parameters or groups of them, float32 or float64 (see Optimizer).
         lr: learning rate, >= 0.
@@ -27,6 +33,8 @@ class Adam(Optimizer):
         weight_decay: factor of the L2 penalty, >= 0; see decoupled_weight_decay.
         amsgrad: divide by the largest second moment so far.
         maximize: ascend instead of descend.
+        update_clip: clip the update of each tensor by its root mean square; the decoupled decay with it.
+        cautious: move only the elements whose update agrees with the gradient; the decoupled decay moves all.
         decoupled_weight_decay: shrink the parameters instead of adding the penalty's gradient: AdamW.
 
     State: "step" (t), "exp_avg" (m), "exp_avg_sq" (v), with amsgrad "max_exp_avg_sq" (u) per parameter.
@@ -44,12 +52,15 @@ class Adam(Optimizer):
 
     Source: Kingma and Ba, Adam: A Method for Stochastic Optimization (arXiv 1412.6980), algorithm 1; amsgrad: Reddi,
     Kale and Kumar, On the Convergence of Adam and Beyond (ICLR 2018), algorithm 2. As in torch, amsgrad takes the
-    maximum before the bias correction.
+    maximum before the bias correction. update_clip: Wortsman et al., Stable and low-precision training for large-scale
+    vision-language models (arXiv 2304.13013), algorithm 2, StableAdamW. cautious: Liang et al., Cautious Optimizers
+    (arXiv 2411.16085), algorithm 1, with the scale of timm (others: the number of elements / (of those + 1)).
     """
 
     rule = kernels.adam
     state_names = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
     counts_steps = True
+    later = {**Optimizer.later, "update_clip": False, "cautious": False}
 
     def __init__(
         self,
@@ -61,6 +72,8 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        update_clip: bool = False,
+        cautious: bool = False,
         decoupled_weight_decay: bool = False,
     ) -> None:
         super().__init__(
@@ -72,9 +85,14 @@ class Adam(Optimizer):
                 weight_decay=weight_decay,
                 amsgrad=amsgrad,
                 maximize=maximize,
+                update_clip=update_clip,
+                cautious=cautious,
                 decoupled_weight_decay=decoupled_weight_decay,
             ),
         )
+
+    def rule_of(self, group: Group) -> Rule:
+        return self.rule.summing if group["update_clip"] or group["cautious"] else self.rule  # type: ignore
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]

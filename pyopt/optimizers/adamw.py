@@ -13,7 +13,7 @@ class AdamW(Adam):
     """Adam with `decoupled_weight_decay=True`, which is part of its name and cannot be turned off.
 
     Args:
-        params, lr, betas, eps, amsgrad, maximize: as for Adam.
+        params, lr, betas, eps, amsgrad, maximize, update_clip, cautious: as for Adam.
         weight_decay: decay of the parameters, >= 0: each step takes away the share lr * weight_decay.
 
     State: as for Adam.
@@ -46,8 +46,21 @@ class AdamW(Adam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        update_clip: bool = False,
+        cautious: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, decoupled_weight_decay=True)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            update_clip=update_clip,
+            cautious=cautious,
+            decoupled_weight_decay=True,
+        )
 
     def check_group(self, group: Group) -> None:
         super().check_group(group)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.optim
 
+from pyopt.decay import no_decay as no_decay
 from pyopt.torch.convert import from_torch as from_torch
 from pyopt.torch.convert import to_torch as to_torch
 from pyopt.torch.explain import explain as explain
@@ -16,6 +17,8 @@ from pyopt.torch.matrices import MuonAdamW as MuonAdamW
 from pyopt.torch.optimizers import ADOPT as ADOPT
 from pyopt.torch.optimizers import ASGD as ASGD
 from pyopt.torch.optimizers import FTRL as FTRL
+from pyopt.torch.optimizers import LAMB as LAMB
+from pyopt.torch.optimizers import LARS as LARS
 from pyopt.torch.optimizers import SGD as SGD
 from pyopt.torch.optimizers import AdaBelief as AdaBelief
 from pyopt.torch.optimizers import Adadelta as Adadelta
@@ -28,6 +31,7 @@ from pyopt.torch.optimizers import Adan as Adan
 from pyopt.torch.optimizers import AdEMAMix as AdEMAMix
 from pyopt.torch.optimizers import Lion as Lion
 from pyopt.torch.optimizers import NAdam as NAdam
+from pyopt.torch.optimizers import Prodigy as Prodigy
 from pyopt.torch.optimizers import RAdam as RAdam
 from pyopt.torch.optimizers import RMSprop as RMSprop
 from pyopt.torch.optimizers import Rprop as Rprop
@@ -41,6 +45,7 @@ if hasattr(torch.optim, "Muon"):
 _OWN = [
     "explain",
     "from_torch",
+    "no_decay",
     "to_torch",
     "SGD",
     "Adagrad",
@@ -59,6 +64,9 @@ _OWN = [
     "AdEMAMix",
     "Adan",
     "FTRL",
+    "LARS",
+    "LAMB",
+    "Prodigy",
     "SGDScheduleFree",
     "AdamWScheduleFree",
     "MuonAdamW",

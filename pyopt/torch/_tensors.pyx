@@ -284,6 +284,8 @@ cdef class TensorWorkspace(Workspace):
             return self.leave(row, index, None)
         if type(param) is not parameter_type and type(param) is not tensor_type:
             if type(param) is distributed_tensor_type():
+                if (<Plan>self.new_plans[row.group]).rule.kernel.finish != NULL:
+                    return self.leave(row, index, "it is a DTensor, and its rule needs sums over the whole of it")
                 parts = as_local(param, grad)
                 if parts is None:
                     return self.leave(row, index, "it is a DTensor, and its gradient is placed otherwise")
@@ -483,6 +485,9 @@ cdef class TensorWorkspace(Workspace):
             if self.rows[k].route == KERNEL and self.rows[k].must_copy:
                 self.copy_gradient(&self.rows[k], k)
                 self.unsteady = self.again = True
+        if self.left and self.shared_numbers:  # what all are summed for has no part by the kernels
+            for k in range(self.n_rows):
+                self.leave_sharing(k, "its step follows from sums over all parameters, of which one is left to torch")
         if self.again or self.dry or not self.left:
             return False
         remaining = []

@@ -198,8 +198,7 @@ class PreparedMixin(KernelStepMixin):
     def __init_subclass__(cls, core: type[pyopt.Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(core=core, **kwargs)
         if core is not None:
-            declared = {name: getattr(core, name) for name in ("rule", "counts_steps", "number_states", "state_names")}
-            cls._side = type("Side", (PreparedSide,), {"__slots__": (), "core": core, **declared})
+            cls._side = type("Side", (PreparedSide, cls._side), {"__slots__": ()})
 
 
 # --- Newton-Schulz in torch's operations ------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 import pyopt
+from pyopt.optimizers.prodigy import OneDistance
 from pyopt.optimizers.schedule_free import Move, TrainEval
 from pyopt.torch import own
-from pyopt.torch.own import OwnOptimizer, constructor_of
+from pyopt.torch.own import OwnOptimizer, ScaledSteps, constructor_of
 from pyopt.torch.step import KernelStepMixin
 
 
@@ -48,12 +51,25 @@ class RMSprop(KernelStepMixin, torch.optim.RMSprop, core=pyopt.RMSprop):
     """torch.optim.RMSprop, its arguments, state and errors, with the step of pyopt.RMSprop."""
 
 
-class Adam(KernelStepMixin, torch.optim.Adam, core=pyopt.Adam):
-    """torch.optim.Adam, its arguments, state and errors, with the step of pyopt.Adam."""
+class Adam(ScaledSteps, torch.optim.Adam, core=pyopt.Adam):
+    """torch.optim.Adam, its arguments, state and errors, with the step of pyopt.Adam.
+
+    Beside them it has that one's keywords update_clip and cautious, also as keys of groups. As every option they are
+    those of a checkpoint that is loaded: one without them, such as torch's, turns them off.
+
+    Example:
+        >>> import torch
+        >>> import pyopt.torch as optim
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> w.grad = torch.tensor([4.0, -0.25])
+        >>> optim.Adam([w], lr=0.5, update_clip=True, cautious=True).step()
+        >>> w.data
+        tensor([0.5000, 1.5000])
+    """
 
 
-class AdamW(KernelStepMixin, torch.optim.AdamW, core=pyopt.AdamW):
-    """torch.optim.AdamW, its arguments, state and errors, with the step of pyopt.AdamW."""
+class AdamW(ScaledSteps, torch.optim.AdamW, core=pyopt.AdamW):
+    """torch.optim.AdamW, its arguments, state and errors, with the step of pyopt.AdamW; see Adam."""
 
 
 class Adadelta(KernelStepMixin, torch.optim.Adadelta, core=pyopt.Adadelta):
@@ -116,6 +132,47 @@ class FTRL(OwnOptimizer, core=pyopt.FTRL):
 
     __init__ = constructor_of(pyopt.FTRL)
     formula = staticmethod(own.ftrl)
+
+
+class LARS(OwnOptimizer, core=pyopt.LARS):
+    """pyopt.LARS for tensors: arguments, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.LARS)
+    formula = staticmethod(own.lars)
+
+
+class LAMB(OwnOptimizer, core=pyopt.LAMB):
+    """pyopt.LAMB for tensors: arguments, state and errors are its; no sparse gradients."""
+
+    __init__ = constructor_of(pyopt.LAMB)
+    formula = staticmethod(own.lamb)
+
+
+class Prodigy(OneDistance, OwnOptimizer, core=pyopt.Prodigy):
+    """pyopt.Prodigy for tensors: arguments, state and errors are its; no sparse gradients.
+
+    Where the kernels do not cover one parameter, all take the formula, since d is one for all.
+    """
+
+    __init__ = constructor_of(pyopt.Prodigy)
+
+    def _apply(self, rows: Iterator[own.Row]) -> None:
+        moved = []
+        numerator = denominator = 0.0
+        for h, (p, *state), g in rows:
+            along, distance, *after = own.prodigy_sums(h, own.wide(p), g, *map(own.wide, state))
+            numerator, denominator = numerator + along, denominator + distance
+            for before, value in zip(state, after, strict=True):
+                before.copy_(value)
+            moved.append((h, p, *state[:2]))
+        first = moved[0][0]
+        d, d_numerator = first["d"], first["beta3"] * first["d_numerator"] + numerator
+        if denominator and not first["d_coef"] * d_numerator / denominator <= d:  # NaN shows
+            d = first["d_coef"] * d_numerator / denominator
+        for h, p, m, v in moved:
+            p.copy_(own.prodigy(h, d, own.wide(p), own.wide(m), own.wide(v)))
+        for group in self.param_groups:
+            group.update(d=d, d_numerator=d_numerator)
 
 
 class ScheduleFree(TrainEval, OwnOptimizer):

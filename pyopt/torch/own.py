@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Concatenate, ParamSpec
 
 import numpy as np
 import torch
 
+from pyopt._options import check_options
 from pyopt.checks import plain
 from pyopt.torch.step import KernelStepMixin
 
@@ -29,6 +31,9 @@ def constructor_of(core: Callable[P, Any]) -> Callable[Concatenate[Any, P], None
     return __init__  # type: ignore[return-value]
 
 
+Row = tuple[Any, list[Tensor], Tensor]  # the numbers of the rule; parameter and state; the gradient
+
+
 class OwnOptimizer(KernelStepMixin, torch.optim.Optimizer):
     """Base of the classes that torch lacks: what the kernels do not cover takes `formula`, tensor by tensor."""
 
@@ -36,32 +41,11 @@ class OwnOptimizer(KernelStepMixin, torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_by_torch(self, left: list[tuple[int, Tensor]], factor: float) -> None:
-        if any(p.grad is not None and p.grad.is_sparse for _, p in left):
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        side = self._side(self)
-        for index, p in left:
-            assert p.grad is not None
-            group = plain(self.param_groups[index])
-            state = self.state[p]
-            names = list(side.state_names)
-            fresh = names[0] not in state
-            if fresh:
-                state.update(side.new_state(p, group))
-            step = 1 if fresh else 2
-            if side.counts_steps:
-                state["step"] += 1
-                step = int(state["step"])
-            if side.number_states:
-                numbers = side.next_numbers(group, step, {name: float(state[name]) for name in side.number_states})
-                for name in side.number_states:
-                    state[name].fill_(numbers[name])
-                group.update(numbers)
-            h = side.scalars(group, step)
-            arrays = [_real(p), *(_real(state[name]) for name in names)]
-            g = _wide(_real(p.grad)) * (h["gradient_factor"] * factor)
-            after = type(self).formula(h, _wide(arrays[0]), g, *map(_wide, arrays[1:]))
-            for array, value in zip(arrays, after, strict=True):
-                array.copy_(value)
+        refuse(self, left)
+        self._apply(rows_of(self, left, factor))
+
+    def _apply(self, rows: Iterator[Row]) -> None:
+        apply(type(self).formula, rows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but that it rounds the numbers of a state to the dtype of the parameter."""
@@ -74,11 +58,86 @@ class OwnOptimizer(KernelStepMixin, torch.optim.Optimizer):
                     self.state[p][name] = torch.tensor(float(state_dict["state"][index][name]), dtype=torch.float64)
 
 
+class ScaledSteps(KernelStepMixin):
+    """`update_clip` and `cautious` of pyopt.Adam, which torch's has not, in groups or for all as keywords.
+
+    What the kernels leave takes the same formula in torch's operations, where such a group is concerned.
+    """
+
+    def __init__(self, *args: Any, update_clip: bool = False, cautious: bool = False, **kwargs: Any) -> None:
+        options = {"update_clip": update_clip, "cautious": cautious}
+        check_options(options, {})
+        super().__init__(*args, **kwargs)
+        if update_clip or cautious:  # else the groups are those of torch
+            for group in (self.defaults, *self.param_groups):
+                group.update({**options, **group})
+
+    def _step_by_torch(self, left: list[tuple[int, Tensor]], factor: float) -> None:
+        ours = [(index, p) for index, p in left if self._is_scaled(index)]
+        refuse(self, ours)
+        if len(ours) < len(left):
+            super()._step_by_torch([(index, p) for index, p in left if not self._is_scaled(index)], factor)
+        with torch.no_grad():
+            apply(adam_scaled, rows_of(self, ours, factor))
+
+    def _is_scaled(self, index: int) -> bool:
+        group = self.param_groups[index]
+        return bool(group.get("update_clip") or group.get("cautious"))
+
+
+def refuse(optimizer: Any, left: list[tuple[int, Tensor]]) -> None:
+    """Raise for parameters that the formulas cannot step."""
+    name = type(optimizer).__name__
+    for index, p in left:
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError(f"{name} does not support sparse gradients")
+        group = optimizer.param_groups[index]
+        if optimizer._side.rule_of(optimizer._side, {**optimizer._side.later, **group}).has_sums:
+            if hasattr(p, "placements"):
+                raise RuntimeError(
+                    f"{name} needs sums over whole parameters, and one is a DTensor: a part of it is here"
+                )
+            if reason := optimizer._side.reason(group):
+                raise RuntimeError(f"{name} has no formula for {reason}")
+
+
+def rows_of(optimizer: Any, left: list[tuple[int, Tensor]], factor: float) -> Iterator[Row]:
+    """What the formula needs of each parameter, its numbers and step count gone on; complex tensors as pairs."""
+    side = optimizer._side(optimizer)
+    for index, p in left:
+        assert p.grad is not None
+        group = {**side.later, **plain(optimizer.param_groups[index])}
+        state = optimizer.state[p]
+        names = [name for name in side.core.state_streams(side, group) if name is not None]
+        fresh = (names or [None])[0] not in state
+        if fresh:
+            state.update(side.new_state(p, group))
+        step = 1 if fresh else 2
+        if side.counts_steps:
+            state["step"] += 1
+            step = int(state["step"])
+        if side.number_states:
+            numbers = side.next_numbers(group, step, {name: float(state[name]) for name in side.number_states})
+            for name in side.number_states:
+                state[name].fill_(numbers[name])
+            group.update(numbers)
+        h = {**group, **side.scalars(group, step)}
+        g = wide(_real(p.grad)) * (h["gradient_factor"] * factor)
+        yield h, [_real(p), *(_real(state[name]) for name in names)], g
+
+
+def apply(formula: Formula, rows: Iterator[Row]) -> None:
+    """Take the step of each row, computed in float32 at least."""
+    for h, arrays, g in rows:
+        for array, value in zip(arrays, formula(h, wide(arrays[0]), g, *map(wide, arrays[1:])), strict=True):
+            array.copy_(value)
+
+
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Half precision is computed in float32, and rounded once."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -149,3 +208,57 @@ def adamw_schedule_free(h: Any, p: Tensor, g: Tensor, z: Tensor, v: Tensor) -> t
     v = _mean_square(v, g, h["beta2"], h["weight2"])
     g = g / ((v * h["inverse_bias_correction2"]).sqrt() + h["eps"])
     return *sgd_schedule_free(h, p, g, z), v
+
+
+def adam_scaled(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor) -> tuple[Tensor, ...]:
+    g = g + h["weight_decay"] * p if h["weight_decay"] else g
+    m, v = m.lerp(g, h["weight1"]), _mean_square(v, g, h["beta2"], h["weight2"])
+    v_max = tuple(torch.maximum(before, v) for before in v_max)
+    root = (*v_max, v)[0].sqrt() * h["inverse_sqrt_bias_correction2"]
+    step_size, decay_factor = h["step_size"], h["decay_factor"]
+    if h["update_clip"]:
+        rms = _norm(g / root.clamp(min=h["eps"])) / math.sqrt(max(p.numel(), 1))
+        if not rms <= 1:
+            step_size, decay_factor = step_size / rms, 1 - (1 - decay_factor) / rms
+    step = step_size * m / (root + h["eps"])
+    if h["cautious"]:
+        agrees = m * g > 0
+        step = step * agrees / max(float(agrees.sum()) / max(p.numel(), 1), 1e-3)
+    return p * decay_factor - step, m, v, *v_max
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def lars(h: Any, p: Tensor, g: Tensor, *b: Tensor) -> tuple[Tensor, ...]:
+    lr, of_p, of_g = h["lr"], _norm(p), _norm(g)
+    if h["trust_ratio"] and of_p and of_g:
+        lr *= h["trust_coefficient"] * of_p / (of_g + h["weight_decay"] * of_p)
+    g = lr * (g + h["weight_decay"] * p if h["weight_decay"] else g)
+    b = tuple(before * h["momentum"] + g for before in b)
+    for buffer in b:
+        g = g + h["momentum"] * buffer if h["nesterov"] else buffer
+    return p - g, *b
+
+
+def lamb(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    m, v = m.lerp(g, h["weight1"]), _mean_square(v, g, h["beta2"], h["weight2"])
+    u = h["inverse_bias_correction1"] * m / (v.sqrt() * h["inverse_sqrt_bias_correction2"] + h["eps"])
+    u = u + h["weight_decay"] * p if h["weight_decay"] else u
+    of_p, of_u = _norm(p), _norm(u)
+    return p - h["lr"] * (of_p / of_u if h["trust_ratio"] and of_p and of_u else 1) * u, m, v
+
+
+def prodigy_sums(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, p0: Tensor) -> tuple[Any, ...]:
+    """What Prodigy's d follows from, <g, p0 - p> weighted and |s|, and the new state."""
+    g = g + h["weight_decay"] * p if h["weight_decay"] else g
+    p0 = p if h["first"] else p0
+    m, v = m * h["beta1"] + h["weight1"] * g, _mean_square(v, g, h["beta2"], h["weight2"])
+    s = s * h["beta3"] + h["weight3"] * g
+    along = h["numerator_weight"] * float((g.double() * (p0.double() - p.double())).sum())
+    return along, float(s.abs().sum(dtype=torch.float64)), m, v, s, p0
+
+
+def prodigy(h: Any, d: float, p: Tensor, m: Tensor, v: Tensor) -> Any:
+    return p * h["decay_factor"] - h["step_size"] * m / (v.sqrt() + h["eps"] * d)

@@ -124,7 +124,8 @@ class KernelStepMixin:
         super().__init_subclass__(**kwargs)
         if core is not None:
             cls._core = core
-            declared = {name: getattr(core, name) for name in ("rule", "counts_steps", "number_states", "state_names")}
+            names = ("rule", "counts_steps", "number_states", "shared_numbers", "state_names", "later")
+            declared = {name: getattr(core, name) for name in names}
             cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
 
     @hooked_where_somebody_looks
@@ -175,7 +176,9 @@ class Side:
     rule: ClassVar[Any]
     counts_steps: ClassVar[bool]
     number_states: ClassVar[tuple[str, ...]]
+    shared_numbers: ClassVar[tuple[str, ...]]
     state_names: ClassVar[Any]
+    later: ClassVar[Any]  # what older torch has not in its groups
 
     def __init__(self, optimizer: KernelStepMixin) -> None:
         self.optimizer = optimizer
@@ -185,15 +188,16 @@ class Side:
         """torch checks in its constructors alone."""
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
-        """The numbers of the rule; older torch has fewer hyper-parameters in its groups."""
-        later = self.core.later
-        if not later.keys() <= group.keys():
-            group = {**later, **group}
+        """The numbers of the rule."""
         try:
             return self.core.scalars(self, group, step)  # type: ignore[arg-type]
         except (ArithmeticError, TypeError, ValueError):  # torch takes anything in a group: say which option it is
             check_options({key: group[key] for key in self.defaults if key in group}, self.core.checks)
             raise
+
+    def rule_of(self, group: Group) -> Any:
+        """The rule for a group."""
+        return self.core.rule_of(self, group)  # type: ignore[arg-type]
 
     def next_numbers(self, group: Group, step: int, numbers: dict[str, float]) -> dict[str, float]:
         """What the numbers of the state are after a step."""
