@@ -104,7 +104,7 @@ cdef class ArrayWorkspace(Workspace):
     """The steps of one optimizer of Parameters."""
 
     def step_by_update(self, optimizer, list grads):
-        """The step of an optimizer whose rule is its own method `update`; what that has changed is put back if it raises."""
+        """The step of an optimizer whose rule is its method `update`; what it has changed is put back if it raises."""
         cdef Kept kept
         cdef list all_kept = []
         self.begin(False)

@@ -12,9 +12,9 @@
 # keeps nothing of the user's between steps; what it remembers are numbers, and plans made whole and put in place whole.
 
 from cpython.dict cimport (
-    PyDict_Clear, PyDict_Copy, PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem, PyDict_Size,
+    PyDict_Copy, PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem, PyDict_Size,
 )
-from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.float cimport PyFloat_FromDouble
 from cpython.list cimport PyList_SetItem
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
@@ -159,7 +159,7 @@ cdef object first_too_large(dict options, known):
             continue
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, (int, float)) and x != 0 and not FLT_TRUE_MIN / 2 < abs(x) <= FLT_MAX and isfinite(x):
-                return f"{name} == {value!r}, must be a number of float32: at most 3.4e38, and at least 1.4e-45 if not 0"
+                return f"{name} == {value!r}, must be a number of float32: at most 3.4e38, if not 0 at least 1.4e-45"
     return None
 
 
@@ -602,7 +602,7 @@ cdef class Workspace:
         return self.sums
 
     cdef bint enter_states(self) except -1:
-        """Give rows without one an empty entry in optimizer.state, which means no state; whether Python may have run."""
+        """Give rows without one an empty entry in optimizer.state, which is no state; whether Python may have run."""
         cdef Py_ssize_t k
         cdef bint entered = False
         for k in range(self.n_rows):
@@ -615,7 +615,7 @@ cdef class Workspace:
         return entered
 
     cdef int arm(self) except -1:
-        """Put first states into their entries: as they will be, so that who looks at them meanwhile finds nothing else."""
+        """Put first states into their entries, as they will be: who looks at them meanwhile finds nothing else."""
         cdef Py_ssize_t k, position
         cdef PyObject *key
         cdef PyObject *value

@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 import weakref
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pyopt
 from pyopt import SGD, Adagrad, Adam, AdamW, Lion, Optimizer, Parameter, RMSprop
 from whole_steps import (
     KIND_IDS,

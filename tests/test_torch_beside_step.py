@@ -171,16 +171,6 @@ def delete_state(name: str) -> None:
     assert_whole(optimizer, parameters(optimizer)[:-1], done[0] + 1)
 
 
-def replace() -> None:
-        last.grad = None
-        last.grad = torch.linspace(1, 2, LENGTH)
-        last.grad = torch.linspace(1, 2, 2 * LENGTH)[::2]
-
-    step, done = counted(optimizer)
-    together(step, replace)
-    assert_whole(optimizer, parameters(optimizer)[:-1], done[0])
-
-
 def look(name: str) -> None:
     """explain, state_dict and repr change nothing."""
     optimizer = model(name)

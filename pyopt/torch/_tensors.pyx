@@ -1,9 +1,9 @@
 # Steps on tensors.
 #
 # A tensor can change under the same object (p.data = x, p.set_()), so every one is looked at in every step: through the
-# DLPack C exchange API (torch >= 2.10), which takes nanoseconds, or data_ptr() and its kin. What the kernels cannot step
-# as torch would is left to torch's own step, row by row: other kinds of tensors, and those that share memory, whose
-# updates have an order.
+# DLPack C exchange API (torch >= 2.10), which takes nanoseconds, or data_ptr() and its kin. What the kernels cannot
+# step as torch would is left to torch's own step, row by row: other kinds of tensors, and those that share memory,
+# whose updates have an order.
 
 from cpython.bytes cimport PyBytes_AsString
 from cpython.dict cimport PyDict_GetItemWithError
@@ -477,7 +477,6 @@ cdef class TensorWorkspace(Workspace):
     cdef bint settle(self, optimizer) except -1:
         """Copy gradients into the memory order of their parameters; then have torch step what is left to it."""
         cdef Py_ssize_t k
-        cdef Row *row
         if self.again:
             self.unsteady = True
             return False
