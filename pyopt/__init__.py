@@ -16,9 +16,11 @@ from pyopt.optimizers import ASGD as ASGD
 from pyopt.optimizers import FTRL as FTRL
 from pyopt.optimizers import LAMB as LAMB
 from pyopt.optimizers import LARS as LARS
+from pyopt.optimizers import LBFGS as LBFGS
 from pyopt.optimizers import SGD as SGD
 from pyopt.optimizers import AdaBelief as AdaBelief
 from pyopt.optimizers import Adadelta as Adadelta
+from pyopt.optimizers import Adafactor as Adafactor
 from pyopt.optimizers import Adagrad as Adagrad
 from pyopt.optimizers import Adam as Adam
 from pyopt.optimizers import Adamax as Adamax
@@ -27,6 +29,8 @@ from pyopt.optimizers import AdamWScheduleFree as AdamWScheduleFree
 from pyopt.optimizers import Adan as Adan
 from pyopt.optimizers import AdEMAMix as AdEMAMix
 from pyopt.optimizers import Lion as Lion
+from pyopt.optimizers import Muon as Muon
+from pyopt.optimizers import MuonAdamW as MuonAdamW
 from pyopt.optimizers import NAdam as NAdam
 from pyopt.optimizers import Prodigy as Prodigy
 from pyopt.optimizers import RAdam as RAdam

@@ -54,6 +54,11 @@ cdef struct Numbers:  # of one step of some tensors; of one tensor alone where i
 cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil
 cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums) noexcept nogil
 
+# A piece of work of another kind than a span, by its number.
+ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil
+
+cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t cost) noexcept nogil
+
 
 cdef class Rule:
     cdef readonly str name

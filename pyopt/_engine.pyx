@@ -207,6 +207,39 @@ cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept 
     set_float_mode(mode)
 
 
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t cost) noexcept nogil:
+    """Run all pieces of a job, independent of each other, on as many threads as pay for so many elements."""
+    global used, own_team
+    cdef int threads = threads_for(cost)
+    cdef bint flush = flush_denormals
+    if threads > 1 and startable(threads) < threads:
+        threads = 1
+    used = threads
+    if threads == 1:
+        run_some(piece, job, 0, count, flush)
+        return
+    with parallel(num_threads=threads):
+        run_share_of_pieces(piece, job, count, flush)
+    own_team = threads
+
+
+cdef void run_share_of_pieces(Piece piece, const void *job, Py_ssize_t count, bint flush) noexcept nogil:
+    """What falls to this thread, whatever the size of the team that OpenMP gave."""
+    cdef Py_ssize_t part = openmp.omp_get_thread_num(), parts = openmp.omp_get_num_threads()
+    run_some(piece, job, count * part // parts, count * (part + 1) // parts, flush)
+
+
+cdef void run_some(Piece piece, const void *job, Py_ssize_t begin, Py_ssize_t end, bint flush) noexcept nogil:
+    """Pieces in the floating-point mode of the step."""
+    cdef unsigned long mode = set_float_mode(float_mode(flush))
+    cdef Py_ssize_t i
+    for i in range(begin, end):
+        piece(job, i)
+    set_float_mode(mode)
+
+
 cdef extern from *:
     """
     /* Round to nearest, no traps, denormals kept or flushed; set_float_mode returns the mode before. */

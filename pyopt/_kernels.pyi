@@ -1,4 +1,5 @@
 from pyopt._engine import Rule
+from pyopt._matrix import Pass
 
 sgd: Rule
 lion: Rule
@@ -23,4 +24,11 @@ lars: Rule
 lamb: Rule
 prodigy: Rule
 interpolation: Rule
+muon: Rule
+adafactor: Rule
 roof: Rule
+
+squares: Pass
+update_squares: Pass
+update: Pass
+product: Pass

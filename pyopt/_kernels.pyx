@@ -3,8 +3,11 @@
 # rule is constant over a span, so the compiler makes one vectorised loop per combination of options;
 # tests/test_object_code.py holds it to that.
 
+from libc.string cimport memset
+
 from pyopt cimport _rules as rules
 from pyopt._engine cimport BLOCK, Rule
+from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
 
 
@@ -507,6 +510,160 @@ cdef int pack_interpolation(dict scalars, void *out) except -1:
 
 interpolation = Rule.make("interpolation", (),
                           interpolation_span[float], interpolation_span[double], pack_interpolation)
+
+
+cdef void muon_span(floating *restrict p, const floating *restrict g, floating *restrict m, floating *restrict u,
+                    floating *restrict _1, floating *restrict _2, Py_ssize_t n, const void *scalars) noexcept nogil:
+    cdef rules.Muon h = (<const rules.Muon *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.muon(p[i], g[i], &m[i], u[i], &h)
+
+
+cdef int pack_muon(dict scalars, void *out) except -1:
+    (<rules.Muon *>out)[0] = scalars
+    return 0
+
+
+muon = Rule.make("muon", ("momentum_buffer", "direction"), muon_span[float], muon_span[double], pack_muon)
+
+
+cdef void adafactor_span(floating *restrict p, const floating *restrict g, floating *restrict v, floating *restrict _1,
+                         floating *restrict _2, floating *restrict _3, Py_ssize_t n,
+                         const void *scalars) noexcept nogil:
+    cdef rules.Adafactor h = (<const rules.Adafactor *>scalars)[0]
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = rules.adafactor(p[i], g[i], &v[i], &h)
+
+
+cdef int pack_adafactor(dict scalars, void *out) except -1:
+    (<rules.Adafactor *>out)[0] = scalars
+    return 0
+
+
+adafactor = Rule.make("adafactor", ("variance",), adafactor_span[float], adafactor_span[double], pack_adafactor)
+
+
+# --- passes over matrices: the tiles of pyopt/_matrix.pxd -------------------------------------------------------------
+# Sums are taken in double, LANES side by side along a row and each lane in order, so that they depend on the shape
+# alone. A lane comes back after LANES elements, so that its loop is an elementwise one, for the compiler to vectorise.
+
+cdef double total(double *lanes) noexcept nogil:
+    """The sum of lanes, by halves."""
+    cdef Py_ssize_t half = LANES // 2, i
+    while half > 0:
+        for i in range(half):
+            lanes[i] += lanes[half + i]
+        half = half // 2
+    return lanes[0]
+
+
+cdef void squares_lanes(const floating *restrict p, const floating *restrict g, double *restrict columns,
+                        double *restrict row, double *restrict own, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef double x, y
+    for i in range(n):
+        x = g[i]
+        y = p[i]
+        x = x * x
+        columns[i] += x
+        row[i] += x
+        own[i] += y * y
+
+
+cdef void squares_tile(floating *p, const floating *g, const Matrices *job, Py_ssize_t index) noexcept nogil:
+    """Sums of g**2 along the rows and the columns of a tile, and of p**2."""
+    cdef Tile t = tile_at(job, index)
+    cdef double *columns = job.column_sums + (t.matrix * job.row_tiles + t.row_tile) * job.columns
+    cdef double row[LANES]
+    cdef double own[LANES]
+    cdef Py_ssize_t i, j, at
+    memset(&columns[t.first_column], 0, (t.end_column - t.first_column) * sizeof(double))
+    memset(own, 0, sizeof(own))
+    for i in range(t.first_row, t.end_row):
+        at = (t.matrix * job.rows + i) * job.columns
+        memset(row, 0, sizeof(row))
+        j = t.first_column
+        while j + LANES <= t.end_column:
+            squares_lanes(p + at + j, g + at + j, columns + j, row, own, LANES)
+            j += LANES
+        squares_lanes(p + at + j, g + at + j, columns + j, row, own, t.end_column - j)
+        job.row_sums[(t.matrix * job.rows + i) * job.column_tiles + t.column_tile] = total(row)
+    job.sums[index] = total(own)
+
+
+cdef void update_lanes(const floating *restrict g, const floating *restrict b, double *restrict own, floating a,
+                       floating most, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef double u
+    for i in range(n):
+        u = rules.factored(g[i], a, b[i], most)
+        own[i] += u * u
+
+
+cdef void update_squares_tile(floating *_1, const floating *g, const Matrices *job, Py_ssize_t index) noexcept nogil:
+    """The sum of the squares of the updates of a tile."""
+    cdef Tile t = tile_at(job, index)
+    cdef const floating *a = <const floating *>job.row_factors + t.matrix * job.rows
+    cdef const floating *b = <const floating *>job.column_factors + t.matrix * job.columns
+    cdef floating most = <floating>job.most
+    cdef double own[LANES]
+    cdef Py_ssize_t i, j, at
+    memset(own, 0, sizeof(own))
+    for i in range(t.first_row, t.end_row):
+        at = (t.matrix * job.rows + i) * job.columns
+        j = t.first_column
+        while j + LANES <= t.end_column:
+            update_lanes(g + at + j, b + j, own, a[i], most, LANES)
+            j += LANES
+        update_lanes(g + at + j, b + j, own, a[i], most, t.end_column - j)
+    job.sums[index] = total(own)
+
+
+cdef void update_row(floating *restrict p, const floating *restrict g, const floating *restrict b, floating a,
+                     floating most, floating decay_factor, floating step_size, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        p[i] = p[i] * decay_factor - step_size * rules.factored(g[i], a, b[i], most)
+
+
+cdef void update_tile(floating *p, const floating *g, const Matrices *job, Py_ssize_t index) noexcept nogil:
+    """The step of a tile."""
+    cdef Tile t = tile_at(job, index)
+    cdef const floating *a = <const floating *>job.row_factors + t.matrix * job.rows
+    cdef const floating *b = <const floating *>job.column_factors + t.matrix * job.columns + t.first_column
+    cdef Py_ssize_t i, at
+    for i in range(t.first_row, t.end_row):
+        at = (t.matrix * job.rows + i) * job.columns + t.first_column
+        update_row(p + at, g + at, b, a[i], <floating>job.most, <floating>job.decay_factor, <floating>job.step_size,
+                   t.end_column - t.first_column)
+
+
+cdef void product_lanes(const floating *restrict x, const floating *restrict y, double *restrict own,
+                        Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        own[i] += <double>x[i] * <double>y[i]
+
+
+cdef void product_tile(floating *x, const floating *y, const Matrices *job, Py_ssize_t index) noexcept nogil:
+    """The sum of x * y, of a single row."""
+    cdef Tile t = tile_at(job, index)
+    cdef double own[LANES]
+    cdef Py_ssize_t j = t.first_column
+    memset(own, 0, sizeof(own))
+    while j + LANES <= t.end_column:
+        product_lanes(x + j, y + j, own, LANES)
+        j += LANES
+    product_lanes(x + j, y + j, own, t.end_column - j)
+    job.sums[index] = total(own)
+
+
+squares = Pass.make(squares_tile[float], squares_tile[double])
+update_squares = Pass.make(update_squares_tile[float], update_squares_tile[double])
+update = Pass.make(update_tile[float], update_tile[double])
+product = Pass.make(product_tile[float], product_tile[double])
 
 
 cdef void roof_span(floating *restrict p, const floating *restrict g, floating *restrict s, floating *restrict t,

@@ -444,6 +444,37 @@ cdef inline floating interpolation(floating p, floating z, const Interpolation* 
     return p + <floating>h.weight * (<floating>h.gradient_factor * z - p)
 
 
+# --- of matrices ------------------------------------------------------------------------------------------------------
+# What is left of their steps when the numbers per tensor are known: see pyopt/optimizers.
+
+# u is the orthogonalized direction; m moves after it has been made.
+ctypedef struct Muon:
+    double step_size, weight, decay_factor, gradient_factor  # weight = 1 - momentum
+
+cdef inline floating muon(floating p, floating g, floating* m, floating u, const Muon* h) noexcept nogil:
+    m[0] = lerp(m[0], <floating>h.gradient_factor * g, h.weight)
+    return p * <floating>h.decay_factor - <floating>h.step_size * u
+
+
+# most = 1 / eps, the bound of 1 / sqrt(v); step_size holds the clipping of the update.
+ctypedef struct Adafactor:
+    double step_size, weight, most, decay_factor, gradient_factor  # weight = t**beta2_decay
+
+cdef inline floating adafactor(floating p, floating g, floating* v, const Adafactor* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    v[0] = lerp(v[0], g * g, h.weight)
+    cdef floating one = 1
+    cdef floating inverse = one / root(v[0])
+    inverse = <floating>h.most if inverse > <floating>h.most else inverse
+    return p * <floating>h.decay_factor - <floating>h.step_size * (g * inverse)
+
+
+# Its update where a matrix has one factor per row and one per column: a * b = 1 / sqrt(v).
+cdef inline floating factored(floating g, floating a, floating b, floating most) noexcept nogil:
+    cdef floating inverse = a * b
+    return g * (most if inverse > most else inverse)
+
+
 # The roof: it reads and writes the streams of one with next to no arithmetic, for bench/ to measure against.
 
 ctypedef struct Roof:

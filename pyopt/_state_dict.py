@@ -210,14 +210,13 @@ def _checked_states(
         if p in entries:
             raise ValueError(f"state_dict has state of parameter {index} twice")
         entry = dict(_mapping(f"state_dict: state of {label(index, p)}", value))
-        if optimizer.rule is not None:  # a rule in NumPy may keep what it likes
-            _check_entry(optimizer, label(index, p), entry, p, group)
+        optimizer._check_entry(label(index, p), entry, p, group)
         if entry:
             entries[p] = entry
     return entries, own
 
 
-def _check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, group: Group) -> None:
+def check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, group: Group) -> None:
     """Raise unless an entry is one that the optimizer could have made for the parameter, with the user's own beside."""
     numbers = (*(("step",) if optimizer.counts_steps else ()), *optimizer.number_states)
     known = {*optimizer.state_names, *numbers}
@@ -226,14 +225,14 @@ def _check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, gr
     for name in numbers:
         if name not in entry:
             raise KeyError(f"{what}: state_dict has no {name!r}, only {sorted(map(str, entry))}")
-        check = _count if name == "step" else _float
+        check = saved_count if name == "step" else _float
         entry[name] = check(f"{what}: state_dict: {name}", entry[name])
     needed = set(filter(None, optimizer.state_streams(group)))
     for name in (known - set(numbers)) & (needed | entry.keys()):
         check_state_values(what, name, entry, p.data)
 
 
-def _count(what: str, value: Any) -> int:
+def saved_count(what: str, value: Any) -> int:
     """A step count: .npz and JSON make arrays and floats of them."""
     step = natural(value)
     if isinstance(step, (float, np.floating)) and step.is_integer():

@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 class Workspace:
     def step(self, optimizer: Any, grads: list[Any] | None = None, gradient_factor: float = 1) -> None: ...
+    def step_by(self, function: Callable[..., Any], *args: Any) -> Any: ...
     def __enter__(self) -> Workspace: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

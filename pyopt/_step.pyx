@@ -280,6 +280,15 @@ cdef class Workspace:
             self.end()
             self.give_back()
 
+    def step_by(self, function, *args):
+        """Call a step that is written in Python, as the only one of this optimizer that runs."""
+        self.begin(False)
+        try:
+            return function(*args)
+        finally:
+            self.end()
+            self.give_back()
+
     # --- collect ------------------------------------------------------------------------------------------------------
 
     cdef int collect(self, optimizer, list grads) except -1:

@@ -166,13 +166,17 @@ class Optimizer(Hooked):
         loss = None if closure is None else closure()
         if grads is not None:
             grads = gradients_in_order(grads, self.param_groups)
+        self._move(grads)
+        if self._bare and grads is None and not any(p.grad is not None for g in self.param_groups for p in g["params"]):
+            raise ValueError("no parameter has a gradient: for parameters passed as bare arrays, give step(grads=...)")
+        return loss
+
+    def _move(self, grads: list[Any] | None) -> None:
+        """The step itself, with the gradients in order, or None for the parameters' own."""
         if self.rule is not None:
             self._workspace.step(self, grads)
         else:
             self._workspace.step_by_update(self, grads)
-        if self._bare and grads is None and not any(p.grad is not None for g in self.param_groups for p in g["params"]):
-            raise ValueError("no parameter has a gradient: for parameters passed as bare arrays, give step(grads=...)")
-        return loss
 
     def _rows_to_update(self, grads: list[Any] | None) -> list[tuple[Group, Parameter, np.ndarray[Any, Any]]]:
         """What `update` is called with, checked: per parameter that has a gradient its group, it, and the gradient."""
@@ -268,6 +272,11 @@ class Optimizer(Hooked):
                 p.grad = np.zeros_like(p.data)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _check_entry(self, what: str, entry: dict[str, Any], p: Parameter, group: Group) -> None:
+        """Raise unless the saved state of a parameter is one of this optimizer; counts become ints."""
+        if self.rule is not None:  # a rule in NumPy may keep what it likes
+            _state_dict.check_entry(self, what, entry, p, group)
 
     def state_dict(self, *, copy: bool = True) -> StateDict:
         """The state of the optimizer as plain dicts, lists, numbers and arrays, with torch's keys.

@@ -52,7 +52,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return source.read_text(), result.stderr
 
 
-@pytest.mark.parametrize("module", ["_engine", "_step", "_arrays", "_kernels", "torch/_tensors"])
+@pytest.mark.parametrize("module", ["_engine", "_matrix", "_step", "_arrays", "_kernels", "torch/_tensors"])
 def test_baseline_has_no_avx(module: str) -> None:
     """What runs before the CPU has been asked must run on every x86-64."""
     code = disassembly(module)
@@ -98,3 +98,23 @@ def test_every_loop_is_vectorised(report: tuple[str, str], rule: str) -> None:
         assert any("optimized: loop vectorized" in m for m in mine), f"{rule}: no loop of {body} is vectorised"
         scalar = [m for m in mine if "couldn't vectorize loop" in m]
         assert not scalar, f"{rule}: a loop stays scalar: {scalar}"
+
+
+# In the loop of each pass over matrices, a line of its own.
+PASSES = {
+    "squares": r"__pyx_v_own\[.* = .*\(__pyx_v_y \* __pyx_v_y\)",
+    "update_squares": r"__pyx_v_own\[.* = .*\(__pyx_v_u \* __pyx_v_u\)",
+    "update": r"__pyx_v_p\[.* = .* - \(__pyx_v_step_size \* __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_factored\(",
+    "product": r"__pyx_v_own\[.* = .*__pyx_v_x\[.* \* .*__pyx_v_y\[",
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_is_vectorised(report: tuple[str, str], name: str) -> None:
+    code, messages = report
+    bodies = [number for number, line in enumerate(code.splitlines(), 1) if re.search(PASSES[name], line)]
+    assert len(bodies) == 2, "a loop for float and one for double"
+    for body in bodies:
+        near = {f"_kernels.c:{line}:" for line in range(body - 90, body + 1)}
+        mine = [m for m in messages.splitlines() if any(place in m for place in near)]
+        assert any("optimized: loop vectorized" in m for m in mine), f"{name}: no loop of {body} is vectorised"

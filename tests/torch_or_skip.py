@@ -22,6 +22,7 @@ import pyopt.torch as optim  # needs torch
 
 FIVE = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
 ELEVEN = [*FIVE, "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
+MATRICES = ["Adafactor", "Muon"]
 # One row per optimizer and set of state arrays.
 BRIEF = [
     ("SGD", {"lr": 0.1}),

@@ -2,6 +2,7 @@
 
 from pyopt.optimizers.adabelief import AdaBelief as AdaBelief
 from pyopt.optimizers.adadelta import Adadelta as Adadelta
+from pyopt.optimizers.adafactor import Adafactor as Adafactor
 from pyopt.optimizers.adagrad import Adagrad as Adagrad
 from pyopt.optimizers.adam import Adam as Adam
 from pyopt.optimizers.adamax import Adamax as Adamax
@@ -13,7 +14,10 @@ from pyopt.optimizers.asgd import ASGD as ASGD
 from pyopt.optimizers.ftrl import FTRL as FTRL
 from pyopt.optimizers.lamb import LAMB as LAMB
 from pyopt.optimizers.lars import LARS as LARS
+from pyopt.optimizers.lbfgs import LBFGS as LBFGS
 from pyopt.optimizers.lion import Lion as Lion
+from pyopt.optimizers.muon import Muon as Muon
+from pyopt.optimizers.muon import MuonAdamW as MuonAdamW
 from pyopt.optimizers.nadam import NAdam as NAdam
 from pyopt.optimizers.prodigy import Prodigy as Prodigy
 from pyopt.optimizers.radam import RAdam as RAdam

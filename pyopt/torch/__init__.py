@@ -13,6 +13,7 @@ from pyopt.decay import no_decay as no_decay
 from pyopt.torch.convert import from_torch as from_torch
 from pyopt.torch.convert import to_torch as to_torch
 from pyopt.torch.explain import explain as explain
+from pyopt.torch.matrices import MuonAdamW as MuonAdamW
 from pyopt.torch.optimizers import ADOPT as ADOPT
 from pyopt.torch.optimizers import ASGD as ASGD
 from pyopt.torch.optimizers import FTRL as FTRL
@@ -35,6 +36,11 @@ from pyopt.torch.optimizers import RAdam as RAdam
 from pyopt.torch.optimizers import RMSprop as RMSprop
 from pyopt.torch.optimizers import Rprop as Rprop
 from pyopt.torch.optimizers import SGDScheduleFree as SGDScheduleFree
+
+if hasattr(torch.optim, "Adafactor"):  # older torch has not
+    from pyopt.torch.matrices import Adafactor as Adafactor
+if hasattr(torch.optim, "Muon"):
+    from pyopt.torch.matrices import Muon as Muon
 
 _OWN = [
     "explain",
@@ -63,6 +69,7 @@ _OWN = [
     "Prodigy",
     "SGDScheduleFree",
     "AdamWScheduleFree",
+    "MuonAdamW",
 ]
 __all__ = sorted({*_OWN, *(name for name in dir(torch.optim) if not name.startswith("_"))})
 

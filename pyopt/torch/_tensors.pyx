@@ -120,6 +120,15 @@ def extent(tensor):
     return 0, 0
 
 
+def raise_versions(list tensors):
+    """Tell autograd that tensors will be written to."""
+    if takes_lists:
+        increment_version(tensors)
+    else:
+        for tensor in tensors:
+            increment_version(tensor)
+
+
 def describe(tensor):
     """dtype, layout and device, as far as they are not the usual ones."""
     words = [str(tensor.dtype).removeprefix("torch.")]
@@ -532,11 +541,7 @@ cdef class TensorWorkspace(Workspace):
                 if row.state[j] != NULL:
                     n = self.touch(n, row.state[j])
         del self.touched[n:]
-        if takes_lists:
-            increment_version(self.touched)
-        else:
-            for tensor in self.touched:
-                increment_version(tensor)
+        raise_versions(self.touched)
         return 0
 
     cdef Py_ssize_t touch(self, Py_ssize_t n, PyObject *tensor) except -1:

@@ -81,7 +81,7 @@ def fused_kind(optimizer: Any, p: torch.Tensor) -> str:
     if p.device.type == "cpu":
         # There they walk through memory without a look at strides, and know no other layouts.
         first, *others = map(_local, (p, p.grad, *tensors))
-        if first is None or p.dtype not in (*HALVES, torch.float32, torch.float64) or not _is_dense(first):
+        if first is None or p.dtype not in (*HALVES, torch.float32, torch.float64) or not is_dense(first):
             return "no"
         if not all(each is not None and _lies_like(each, first) for each in others):
             return "no"
@@ -101,7 +101,7 @@ def _lies_like(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.layout == b.layout and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements lie side by side, in any order of the axes."""
     if tensor.layout != torch.strided:
         return False

@@ -26,7 +26,7 @@ def constructor_of(core: Callable[P, Any]) -> Callable[Concatenate[Any, P], None
     @functools.wraps(core.__init__)
     def __init__(self: Any, params: Any, *args: Any, **options: Any) -> None:
         make: Any = core
-        super(OwnOptimizer, self).__init__(params, make([np.empty(0)], *args, **options).defaults)
+        super(OwnOptimizer, self).__init__(params, make([np.empty((0, 0))], *args, **options).defaults)
 
     return __init__  # type: ignore[return-value]
 

@@ -111,6 +111,7 @@ class KernelStepMixin:
 
     _core: ClassVar[type[pyopt.Optimizer]]
     _side: ClassVar[type[Side]]
+    _workspace_type: ClassVar[type[TensorWorkspace]] = TensorWorkspace
     state: Any
     defaults: Group
     param_groups: list[Group]
@@ -237,7 +238,7 @@ class Side:
 
 def workspace_of(optimizer: KernelStepMixin) -> TensorWorkspace:
     """The optimizer's; torch's __getstate__ leaves it behind in copies."""
-    return vars(optimizer).setdefault("_pyopt_workspace", TensorWorkspace())  # type: ignore[no-any-return]
+    return vars(optimizer).setdefault("_pyopt_workspace", optimizer._workspace_type())  # type: ignore[no-any-return]
 
 
 def is_observed() -> bool:
