@@ -50,16 +50,21 @@ def hooked_where_somebody_looks(function: Step) -> Step:
 
     @functools.wraps(function)
     def step(self: KernelStepMixin, *args: Any, **kwargs: Any) -> Any:
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or GLOBAL_PRE_HOOKS
-            or GLOBAL_POST_HOOKS
-            or profiler._is_profiler_enabled
-            or _profiler_enabled()
-        ) and getattr(type(self).step, "__code__", None) is not observed.__code__:  # a subclass's step has run them
-            return observed(self, *args, **kwargs)
-        return function(self, *args, **kwargs)
+        try:
+            if (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or GLOBAL_PRE_HOOKS
+                or GLOBAL_POST_HOOKS
+                or profiler._is_profiler_enabled
+                or _profiler_enabled()
+            ) and getattr(type(self).step, "__code__", None) is not observed.__code__:  # a subclass's step has run them
+                return observed(self, *args, **kwargs)
+            return function(self, *args, **kwargs)
+        except BaseException:
+            for key in ("_pyopt_grad_scale", "_pyopt_found_inf"):  # of this step alone
+                self.__dict__.pop(key, None)
+            raise
 
     step.hooked = True  # type: ignore[attr-defined]
     return hidden_from_dynamo(step)
