@@ -111,7 +111,10 @@ def test_class(name: str) -> None:
     ours, theirs = getattr(optim, name), getattr(torch.optim, name)
     assert issubclass(ours, theirs) and ours is not theirs
     assert ours.__name__ == theirs.__name__
-    assert inspect.signature(ours) == inspect.signature(theirs)
+    extra = {"update_clip", "cautious"} if name in ("Adam", "AdamW") else set()
+    parameters = inspect.signature(ours).parameters
+    assert set(parameters) - set(inspect.signature(theirs).parameters) == extra
+    assert [p for p in parameters.values() if p.name not in extra] == [*inspect.signature(theirs).parameters.values()]
 
 
 @pytest.mark.parametrize("name", ELEVEN)

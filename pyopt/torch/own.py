@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Concatenate, ParamSpec
@@ -63,6 +64,13 @@ class ScaledSteps(KernelStepMixin):
 
     What the kernels leave takes the same formula in torch's operations, where such a group is concerned.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        of_torch = inspect.signature(super().__init__)
+        own = [p for p in inspect.signature(ScaledSteps.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = [*of_torch.parameters.values()][1:]
+        cls.__signature__ = of_torch.replace(parameters=[*parameters, *own])  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, update_clip: bool = False, cautious: bool = False, **kwargs: Any) -> None:
         options = {"update_clip": update_clip, "cautious": cautious}
