@@ -32,7 +32,11 @@ MUTATIONS = [
         ("if weight_decay != 0:", "if True:", "no decay of an infinite parameter: 0 * inf"),
         ("return g + <floating>weight_decay * p", "return g - <floating>weight_decay * p", "sign of the penalty"),
         ("b[0] = g if h.first else b[0]", "b[0] = b[0]", "SGD: the first momentum is the gradient"),
-        ("g = g + <floating>h.momentum * b[0] if h.", "g = g + <floating>h.momentum * b[0] if not h.", "SGD: nesterov"),
+        (
+            "g + <floating>h.momentum * b[0] if h.nesterov else b[0]\n    return p - <floating>h.lr * g\n",
+            "g + <floating>h.momentum * b[0] if not h.nesterov else b[0]\n    return p - <floating>h.lr * g\n",
+            "SGD: nesterov",
+        ),
         ("m[0] = <floating>h.beta2 * m[0]", "m[0] = <floating>h.beta1 * m[0]", "Lion: which beta keeps the momentum"),
         ("(-1 if x < 0 else x - x)", "(-1 if x < 0 else 0)", "sign: a NaN vanishes"),
         ("g / (root(s[0]) + <floating>h.eps)", "g / root(s[0] + <floating>h.eps)", "Adagrad: eps inside the root"),
