@@ -35,6 +35,8 @@ def in_child(run: Callable[[], Any]) -> tuple[str | None, str]:
             os.close(read)
             faulthandler.enable(write)
             signal.alarm(20)  # a hang becomes a failure
+            if "torch" in sys.modules:  # the pools of torch and its math library did not survive the fork
+                sys.modules["torch"].set_num_threads(1)
             run()
             status = 0
         except BaseException:
@@ -48,7 +50,7 @@ def in_child(run: Callable[[], Any]) -> tuple[str | None, str]:
 
 
 def apart(test: Callable[..., None]) -> Callable[..., None]:
-    """A test whose body runs in a fork of this process; it should start no threads of torch's."""
+    """A test whose body runs in a fork of this process, where torch has one thread."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
