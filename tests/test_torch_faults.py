@@ -725,7 +725,8 @@ def test_sparse_gradients_cost_what_torchs_step_costs(name: str) -> None:
             p.grad = sparse(p)
         steps.append(getattr(module, name)(params).step)
     ours, theirs = fastest(*steps)
-    assert ours <= 3 * theirs, f"{ours * 1e6:.0f} us, torch {theirs * 1e6:.0f} us"
+    # Generous, for busy machines; an exception thrown per tensor and step made it 20 to 70 times.
+    assert ours <= 10 * theirs, f"{ours * 1e6:.0f} us, torch {theirs * 1e6:.0f} us"
 
 
 def called(names: list[str], run: Callable[[], Any]) -> dict[str, int]:
