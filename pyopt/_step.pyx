@@ -216,7 +216,7 @@ cdef class Workspace:
     cdef int begin(self, bint wait) except -1:
         """Enter a step; RuntimeError if one has begun already, in another thread unless it waits for its end."""
         self.acquire(True, wait)
-        self.stepping = True
+        self.stepping = not wait  # who only looks is waited for
         return 0
 
     cdef int acquire(self, bint alone, bint wait) except -1:
@@ -545,6 +545,9 @@ cdef class Workspace:
         cdef Py_ssize_t i, furthest = 0
         cdef size_t size = self.n_written * sizeof(Written)
         cdef bint shared = False
+        if self.n_written == 0:  # there may be no memory for any
+            self.n_known = 0
+            return 0
         if self.n_written == self.n_known and memcmp(self.written, self.known, size) == 0:
             return 0
         self.n_known = -1
