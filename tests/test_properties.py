@@ -391,7 +391,7 @@ class Game(RuleBasedStateMachine):
         ref = weakref.ref(p.data)
         if not self.arrays(p):
             p.data = self.fresh(p.data.shape, self.dtype, order)
-        else:
+        elif p.data.dtype.kind == "f":  # not while it is set to another type
             new = np.empty_like(p.data)
             new[...] = p.data
             p.data = new
@@ -456,7 +456,7 @@ class Game(RuleBasedStateMachine):
     def retype_in_place(self, i, with_state):
         p = self.pick(i)
         if not with_state:
-            in_place(p.data, dtype="int32" if p.data.dtype == np.float32 else "int64")
+            in_place(p.data, dtype="int32" if p.data.itemsize == 4 else "int64")
         for array in self.arrays(p).values() if with_state else ():
             in_place(array, dtype=f"i{array.itemsize}")
 
