@@ -148,6 +148,10 @@ cdef class ArrayWorkspace(Workspace):
     cdef bint holds(self, PyObject *entry, name) except -1:
         return PyDict_GetItemWithError(<object>entry, name) != NULL
 
+    cdef dict make_state(self, Row *row, Py_ssize_t index, Plan plan, optimizer):
+        check_data(label(index, <object>row.param), <object>row.data)  # no state for what cannot be stepped
+        return Workspace.make_state(self, row, index, plan, optimizer)
+
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
         what = label(index, <object>row.param)
         raise KeyError(f"{what}: state has no {name!r}, only {sorted(map(str, <object>row.entry))}")

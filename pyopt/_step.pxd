@@ -140,7 +140,7 @@ cdef class Workspace:
     cdef int check_entry(self, Row *row, Py_ssize_t index) except -1
     cdef bint holds(self, PyObject *entry, name) except -1
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2
-    cdef dict make_state(self, Row *row, Plan plan, optimizer)
+    cdef dict make_state(self, Row *row, Py_ssize_t index, Plan plan, optimizer)
     cdef int take_arrays(self, Row *row, Py_ssize_t index) except -1
     cdef tuple read_counts(self, Row *row, Py_ssize_t index)
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1

@@ -402,7 +402,7 @@ cdef class Workspace:
                     if name is not None and self.holds(entry, name):
                         self.lacks(row, index, plan.first_name)
                         return 2
-            hold(&row.made, self.make_state(row, plan, optimizer))
+            hold(&row.made, self.make_state(row, index, plan, optimizer))
             self.unsteady = True
         source = row.made if row.made != NULL else row.entry
         for j in range(self.n_counts):
@@ -742,7 +742,7 @@ cdef class Workspace:
         """How many steps the parameter has made."""
         raise NotImplementedError
 
-    cdef dict make_state(self, Row *row, Plan plan, optimizer):
+    cdef dict make_state(self, Row *row, Py_ssize_t index, Plan plan, optimizer):
         """The state of a parameter before its first step."""
         made = optimizer.new_state(<object>row.param, plan.options)
         if not isinstance(made, dict):

@@ -248,7 +248,7 @@ class Optimizer(Hooked):
             state[name] = float(self.initial_value(name, group))
         for name in filter(None, self.state_streams(group)):
             value = self.initial_value(name, group)
-            if p.data.dtype.kind == "f" and abs(value) > float(np.finfo(p.data.dtype).max):  # else the look refuses it
+            if abs(value) > float(np.finfo(p.data.dtype).max):
                 options = {key: value for key, value in group.items() if key in self.defaults}
                 raise ValueError(f"state {name!r} cannot begin at {value!r} in {p.data.dtype}: {options}")
             state[name] = np.full_like(p.data, value)

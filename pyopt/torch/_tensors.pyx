@@ -322,10 +322,10 @@ cdef class TensorWorkspace(Workspace):
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
         return self.leave(row, index, f"its state has no {name!r}")
 
-    cdef dict make_state(self, Row *row, Plan plan, optimizer):
+    cdef dict make_state(self, Row *row, Py_ssize_t index, Plan plan, optimizer):
         cdef bint recording = set_recording(False)
         try:
-            return Workspace.make_state(self, row, plan, optimizer)
+            return Workspace.make_state(self, row, index, plan, optimizer)
         finally:
             set_recording(recording)
 
