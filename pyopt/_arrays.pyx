@@ -257,15 +257,11 @@ cdef class ArrayWorkspace(Workspace):
                 continue
             data = <object>row.data
             grad = check_gradient(label(k, <object>row.param), data, <object>row.grad)
-            copy = None if self.copies is None else self.copies.get(k)
+            copy = self.last_copy(k)
             if copy is None or copy.shape != data.shape or copy.dtype != data.dtype or copy.strides != data.strides:
                 copy = np.empty_like(data, subok=False)
             np.copyto(copy, grad)
-            if self.new_copies is None:
-                self.new_copies = {}
-            self.new_copies[k] = copy
-            hold(&row.grad, copy)
-            row.must_copy, row.has_copy = False, True
+            self.use_copy(row, k, copy)
             found = True
         return found
 

@@ -99,7 +99,7 @@ cdef class Workspace:
     cdef Written *ordered
     cdef Py_ssize_t row_capacity, range_capacity, sums_capacity, n_known, version
     # Of this step.
-    cdef list groups, params, new_plans, new_counts, slot_errors
+    cdef list groups, new_plans, new_counts, slot_errors
     cdef object states
     cdef dict new_copies
     cdef list spares  # floats that make room for others
@@ -117,6 +117,8 @@ cdef class Workspace:
     cdef int collect(self, optimizer, list grads) except -1
     cdef Plan plan(self, optimizer, Py_ssize_t g, group)
     cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1
+    cdef object last_copy(self, Py_ssize_t index)
+    cdef int use_copy(self, Row *row, Py_ssize_t index, copy) except -1
     cdef int add_slot(self, Plan plan, optimizer, Py_ssize_t step, tuple before) except -1
     cdef int repeat_slot(self) except -1
     cdef PyObject *find_entry(self, param) except? NULL

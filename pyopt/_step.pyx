@@ -143,23 +143,22 @@ cdef bint is_as_seen(group, dict seen) except -1:
     return PyDict_GetItemWithError(group, "params") != NULL and PyDict_Size(group) - others == PyDict_Size(seen)
 
 
-cdef bint all_finite(dict options, known) except -1:
+cdef list numbers_of(dict options, known):
+    """(number, name, value) of the known options; a pair has two."""
+    cdef list numbers = []
     for name, value in options.items():
         if name in known:
             for x in value if isinstance(value, tuple) else (value,):
-                if isinstance(x, float) and not isfinite(x):
-                    return False
-    return True
+                if isinstance(x, (int, float)):
+                    numbers.append((x, name, value))
+    return numbers
 
 
-cdef object first_too_large(dict options, known):
+cdef object first_too_large(list numbers, exempt):
     """The message for an option that is finite in double, and in float32 is not, or becomes 0."""
-    for name, value in options.items():
-        if name not in known:
-            continue
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, (int, float)) and x != 0 and not FLT_TRUE_MIN / 2 < abs(x) <= FLT_MAX and isfinite(x):
-                return f"{name} == {value!r}, must be a number of float32: at most 3.4e38, if not 0 at least 1.4e-45"
+    for x, name, value in numbers:
+        if name not in exempt and x != 0 and not FLT_TRUE_MIN / 2 < abs(x) <= FLT_MAX and isfinite(x):
+            return f"{name} == {value!r}, must be a number of float32: at most 3.4e38, if not 0 at least 1.4e-45"
     return None
 
 
@@ -292,7 +291,7 @@ cdef class Workspace:
     # --- collect ------------------------------------------------------------------------------------------------------
 
     cdef int collect(self, optimizer, list grads) except -1:
-        """Take all that the step will use: Python code may run here, and the table is not in use yet."""
+        """Take all that the step will use: Python code may run here, nothing has been looked at yet."""
         cdef Py_ssize_t g, i, n, k = 0, step, last_step
         cdef list params
         cdef Plan plan
@@ -308,7 +307,7 @@ cdef class Workspace:
         self.n_counts = len(self.count_names)
         self.shared_numbers = optimizer.shared_numbers
         self.cursor = 0
-        self.groups, self.params = list(optimizer.param_groups), []
+        self.groups = list(optimizer.param_groups)
         self.new_plans, self.new_counts, self.slot_errors = [], [], []
         n = len(self.groups)
         for g in range(n):
@@ -320,7 +319,6 @@ cdef class Workspace:
                 what = "missing" if found == NULL else f"a {type(<object>found).__name__}"
                 raise TypeError(f"'params' of param group {g} is {what}, must be a list of parameters")
             params = list(<object>found)
-            self.params.append(params)
             if grads is not None and len(grads) < k + len(params):
                 raise ValueError(f"grads has {len(grads)} items, must have more: one per parameter")
             self.reserve(k + len(params))
@@ -377,8 +375,9 @@ cdef class Workspace:
                 if plan.first_name is None:
                     plan.first_name = name
         plan.stateless = plan.first_name is None
-        plan.too_large = first_too_large(plan.options, optimizer.defaults.keys() - optimizer.shared_numbers)
-        plan.finite = all_finite(plan.options, optimizer.defaults)
+        numbers = numbers_of(plan.options, optimizer.defaults)
+        plan.too_large = first_too_large(numbers, optimizer.shared_numbers)
+        plan.finite = all([isfinite(x) for x, _, _ in numbers if isinstance(x, float)])
         plan.seen = seen if all(type(key) is str and is_constant(value) for key, value in seen.items()) else None
         return plan
 
@@ -437,6 +436,19 @@ cdef class Workspace:
         elif self.cursor == 0:
             return NULL
         return PyDict_GetItemWithError(self.states, param)
+
+    cdef object last_copy(self, Py_ssize_t index):
+        """The private copy of a row's gradient from the last step, None if there was none."""
+        return None if self.copies is None else self.copies.get(index)
+
+    cdef int use_copy(self, Row *row, Py_ssize_t index, copy) except -1:
+        """Step with a private copy in the place of the gradient, and keep it for the next step."""
+        if self.new_copies is None:
+            self.new_copies = {}
+        self.new_copies[index] = copy
+        hold(&row.grad, copy)
+        row.must_copy, row.has_copy = False, True
+        return 0
 
     cdef int add_slot(self, Plan plan, optimizer, Py_ssize_t step, tuple before) except -1:
         """The numbers of a step of one group, for the parameters at the same count."""
@@ -699,7 +711,7 @@ cdef class Workspace:
                 let_go(&row.state[j])
             for j in range(COUNTS):
                 let_go(&row.count[j])
-        self.groups = self.params = self.new_plans = self.new_counts = self.slot_errors = self.new_copies = None
+        self.groups = self.new_plans = self.new_counts = self.slot_errors = self.new_copies = None
         self.states = None
         self.shared_numbers = None
         self.stepping = self.unsteady = False
@@ -810,5 +822,5 @@ cdef int ascending(const void *a, const void *b) noexcept nogil:
 cdef void *grown(void *block, size_t size) except NULL:
     block = PyMem_Realloc(block, size)
     if block == NULL:
-        raise MemoryError(f"no {size} bytes for the table of parameters")
+        raise MemoryError(f"no {size} bytes for the workspace of a step")
     return block

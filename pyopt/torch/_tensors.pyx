@@ -16,7 +16,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyopt._engine cimport STATES, Work
 from pyopt._step cimport (
-    IDLE, KERNEL, LEFT, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
+    COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
 )
 
 import sys
@@ -207,12 +207,9 @@ cdef class TensorWorkspace(Workspace):
             if type(param) is distributed_tensor_type() and as_local(param) is not None:
                 return None
             return f"it is a {type(param).__name__}, not a plain tensor"
-        if not is_ordinary(param) or not self.view(<PyObject *>param, &p):
-            return f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
-        if <size_t>p.data % p.itemsize:
-            return "its memory is not aligned"
-        if not is_dense(&p):
-            return f"its elements do not lie side by side: shape {tuple(param.shape)}, strides {param.stride()}"
+        reason = self.unfit(<PyObject *>param, &p) if is_ordinary(param) else self.kind_of(param)
+        if reason is not None:
+            return reason
         if param.is_neg():
             return "its negative bit is set"
         return "it is an inference tensor" if param.is_inference() else None
@@ -312,6 +309,17 @@ cdef class TensorWorkspace(Workspace):
         memory.append(extent(tensor))
         return 0
 
+    cdef object unfit(self, PyObject *tensor, View *v):
+        """Look at a parameter; why the kernels cannot walk its memory, None where they can."""
+        if not self.view(tensor, v):
+            return self.kind_of(<object>tensor)
+        if <size_t>v.data % v.itemsize:
+            return "its memory is not aligned"
+        if not is_dense(v):
+            param = <object>tensor
+            return f"its elements do not lie side by side: shape {tuple(param.shape)}, strides {param.stride()}"
+        return None
+
     cdef object kind_of(self, param):
         return f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
 
@@ -382,15 +390,9 @@ cdef class TensorWorkspace(Workspace):
                 for begin, end in self.left[index][1]:
                     self.add_written(index, <char *><size_t>begin, <char *><size_t>end)
             return False
-        if not self.view(row.data, &p):
-            self.leave(row, index, self.kind_of(<object>row.data))
-            return False
-        if <size_t>p.data % p.itemsize:
-            self.leave(row, index, "its memory is not aligned")
-            return False
-        if not is_dense(&p):
-            self.leave(row, index, "its elements do not lie side by side: shape "
-                       f"{tuple((<object>row.data).shape)}, strides {(<object>row.data).stride()}")
+        reason = self.unfit(row.data, &p)
+        if reason is not None:
+            self.leave(row, index, reason)
             return False
         digest = mixed(mixed(0, row.data), p.data)
         w.size = p.size
@@ -436,7 +438,7 @@ cdef class TensorWorkspace(Workspace):
 
     cdef bint look_closer(self, Row *row, Py_ssize_t index, uint64_t digest) except -1:
         """Whether the memory holds the numbers themselves, not their negatives, and may be written to by us."""
-        cdef PyObject *each[1 + STATES + 4]
+        cdef PyObject *each[1 + COUNTS + STATES]
         cdef int n = 1, j
         each[0] = row.data
         for j in range(self.n_counts):
@@ -503,7 +505,7 @@ cdef class TensorWorkspace(Workspace):
 
     cdef int copy_gradient(self, Row *row, Py_ssize_t k) except -1:
         data = <object>row.data
-        copy = None if self.copies is None else self.copies.get(k)
+        copy = self.last_copy(k)
         cdef bint recording = set_recording(False)
         guard = torch._C._InferenceMode(False)
         try:
@@ -514,12 +516,7 @@ cdef class TensorWorkspace(Workspace):
         finally:
             guard = None
             set_recording(recording)
-        if self.new_copies is None:
-            self.new_copies = {}
-        self.new_copies[k] = copy
-        hold(&row.grad, copy)
-        row.must_copy, row.has_copy = False, True
-        return 0
+        return self.use_copy(row, k, copy)
 
     # --- arm and commit -----------------------------------------------------------------------------------------------
 
