@@ -100,27 +100,27 @@ cdef class Kept:
         return 0
 
 
+def update_all(optimizer, grads):
+    cdef Kept kept
+    cdef list all_kept = []
+    rows = optimizer._rows_to_update(grads)
+    try:
+        for _group, p, _grad in rows:
+            all_kept.append(Kept(p.data, optimizer.state.setdefault(p, {})))
+        for (group, p, grad), kept in zip(rows, all_kept):
+            optimizer.update(p.data, grad, kept.entry, group)
+    except BaseException:
+        for kept in all_kept:
+            kept.put_back()
+        raise
+
+
 cdef class ArrayWorkspace(Workspace):
     """The steps of one optimizer of Parameters."""
 
     def step_by_update(self, optimizer, list grads):
         """The step of an optimizer whose rule is its method `update`; what it has changed is put back if it raises."""
-        cdef Kept kept
-        cdef list all_kept = []
-        self.begin(False)
-        try:
-            rows = optimizer._rows_to_update(grads)
-            for _group, p, _grad in rows:
-                all_kept.append(Kept(p.data, optimizer.state.setdefault(p, {})))
-            for (group, p, grad), kept in zip(rows, all_kept):
-                optimizer.update(p.data, grad, kept.entry, group)
-        except BaseException:
-            for kept in all_kept:
-                kept.put_back()
-            raise
-        finally:
-            self.end()
-            self.give_back()
+        self.step_by(update_all, optimizer, grads)
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         param = <object>row.param

@@ -17,6 +17,7 @@ from pyopt.checks import count, number
 from pyopt.parameter import (
     Parameter,
     apart_from,
+    check_state_is_dict,
     check_state_values,
     label,
     memory_ranges,
@@ -46,8 +47,7 @@ def make(optimizer: Optimizer, copy: bool) -> StateDict:
     state = {}
     for key, entry in list(optimizer.state.items()):
         if key in indices and entry:
-            if not isinstance(entry, dict):
-                raise TypeError(f"{label(indices[key], key)}: its state is a {type(entry).__name__}, must be a dict")
+            check_state_is_dict(label(indices[key], key), entry)
             state[indices[key]] = plain(dict(entry))
         elif not isinstance(key, Parameter):  # the user's own, of the optimizer as a whole
             if as_index(key) is not None:

@@ -29,7 +29,7 @@ from pyopt._engine cimport ROW_COST, STATES, SUMS, Numbers, Work, number_blocks,
 import os
 
 from pyopt.checks import plain
-from pyopt.parameter import label
+from pyopt.parameter import check_state_is_dict, label
 
 
 cdef extern from *:
@@ -389,8 +389,7 @@ cdef class Workspace:
         cdef int j
         if entry != NULL:
             if not isinstance(<object>entry, dict):
-                what = type(<object>entry).__name__
-                raise TypeError(f"{label(index, <object>row.param)}: its state is a {what}, must be a dict")
+                check_state_is_dict(label(index, <object>row.param), <object>entry)
             hold(&row.entry, <object>entry)
             self.check_entry(row, index)
         if plan.stateless:

@@ -18,7 +18,16 @@ from pyopt._state_dict import StateDict
 from pyopt.hooks import Hooked, Hooks, global_step_post_hooks, global_step_pre_hooks
 from pyopt.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from pyopt.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
-from pyopt.parameter import Parameter, apart_from, check_data, check_gradient, check_no_overlap, label, parameter_ranges
+from pyopt.parameter import (
+    Parameter,
+    apart_from,
+    check_data,
+    check_gradient,
+    check_no_overlap,
+    check_state_is_dict,
+    label,
+    parameter_ranges,
+)
 
 Grads = Iterable[Any] | Mapping[str, Any]
 
@@ -188,6 +197,8 @@ class Optimizer(Hooked):
         if grads is not None:
             rows = [(group, p, grad) for (group, p, _), grad in zip(rows, grads, strict=True)]
         ranges = check_no_overlap(parameter_ranges(p for _, p, _ in rows))
+        for i, (_, p, _) in enumerate(rows):
+            check_state_is_dict(label(i, p), self.state.get(p, {}))
         return [
             (group, p, apart_from(ranges, check_gradient(label(i, p), check_data(label(i, p), p.data), grad)))
             for i, (group, p, grad) in enumerate(rows)
@@ -239,7 +250,7 @@ class Optimizer(Hooked):
     def state_streams(self, group: Group) -> tuple[str | None, ...]:
         """Per stream of the rule: the state array behind it, or None where the options of the group need none."""
         names = [name if option is None or group[option] else None for name, option in self.state_names.items()]
-        return (*names, None, None, None, None)[:4]
+        return tuple(names)
 
     def new_state(self, p: Parameter, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step."""

@@ -103,6 +103,12 @@ def label(index: int, param: Any) -> str:
     return f"parameter {name!r}" if name else f"parameter {index}"
 
 
+def check_state_is_dict(what: str, entry: Any) -> None:
+    """Raise unless the state of a parameter is a dict."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"{what}: its state is a {type(entry).__name__}, must be a dict")
+
+
 def check_data(what: str, data: Any) -> np.ndarray[Any, Any]:
     """The array, if the kernels can walk it."""
     if not isinstance(data, np.ndarray) or isinstance(data, np.ma.MaskedArray):

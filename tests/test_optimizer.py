@@ -305,3 +305,14 @@ def test_own_optimizer_hyper_parameters():
         Own([np.ones(3)], lr=-1)
     with pytest.raises(ValueError, match=r"'decya'.*'decay'"):
         Own([{"params": np.ones(3), "decya": 1}])
+
+
+@pytest.mark.parametrize("entry", [[1], None, 3, "state"], ids=repr)
+def test_state_of_an_own_optimizer_that_is_no_dict(entry):
+    """As of one with a rule: the parameter is named, and nothing has changed."""
+    opt, params = make(Own)
+    before = [p.data.copy() for p in params]
+    opt.state[params[1]] = entry
+    with pytest.raises(TypeError, match=r"parameter 1: its state is a .*, must be a dict"):
+        opt.step()
+    assert all((p.data == b).all() for p, b in zip(params, before, strict=True))
