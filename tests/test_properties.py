@@ -449,8 +449,17 @@ class Game(RuleBasedStateMachine):
     def resize_in_place(self, i, size, with_state):
         p = self.pick(i)
         for array in [p.data, *(self.arrays(p).values() if with_state else ())]:
-            if array.flags.owndata and array.flags.c_contiguous and array.flags.writeable:
+            if array.flags.owndata and array.flags.c_contiguous and array.flags.writeable and not self.is_viewed(array):
                 array.resize(size, refcheck=False)
+
+    def is_viewed(self, array):
+        """Whether another array of the game lies in its memory, which a resize frees."""
+        params = params_of(self.opt)
+        others = [a for p in params for a in (p.data, p.grad, *self.arrays(p).values())]
+        others = [getattr(a, "array", a) for a in others]
+        return any(
+            a is not array and np.may_share_memory(a, array) for a in others if isinstance(a, np.ndarray) and a.size
+        )
 
     @rule(i=INDEX, with_state=st.booleans())
     def retype_in_place(self, i, with_state):
