@@ -25,16 +25,21 @@ def died(status: int) -> str | None:
     return None if os.WEXITSTATUS(status) == 0 else f"exit status {os.WEXITSTATUS(status)}"
 
 
-def in_child(run: Callable[[], Any]) -> tuple[str | None, str]:
+def in_child(run: Callable[[], Any], seconds: int = 20) -> tuple[str | None, str]:
     """Run in a fork of this process: what it died of, if so, and its traceback."""
     read, write = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.close(read)
             faulthandler.enable(write)
-            signal.alarm(20)  # a hang becomes a failure
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(seconds)  # a hang becomes a failure
+            sys.setprofile(None)
+            sys.settrace(None)
             if "torch" in sys.modules:  # the pools of torch and its math library did not survive the fork
                 sys.modules["torch"].set_num_threads(1)
             run()
@@ -49,12 +54,12 @@ def in_child(run: Callable[[], Any]) -> tuple[str | None, str]:
     return died(os.waitpid(pid, 0)[1]), text
 
 
-def apart(test: Callable[..., None]) -> Callable[..., None]:
+def apart(test: Callable[..., None], seconds: int = 20) -> Callable[..., None]:
     """A test whose body runs in a fork of this process, where torch has one thread."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        found, text = in_child(lambda: test(*args, **kwargs))
+        found, text = in_child(lambda: test(*args, **kwargs), seconds)
         if found:
             pytest.fail(f"{found}\n{text}", pytrace=False)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import signal
 import subprocess
 import sys
-import traceback
 import warnings
 
 import numpy as np
 
 import pyopt
 import reference
+from apart import apart
 
 ORACLES = {
     pyopt.SGD: reference.sgd,
@@ -37,39 +35,8 @@ KIND_IDS = ["-".join([cls.__name__, *options]) for cls, options in KINDS]
 
 
 def isolated(test, seconds=60):
-    """Run a test in a forked child: a crash or a hang there fails this test alone."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        read, write = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                os.close(read)
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(seconds)
-                sys.setprofile(None)
-                sys.settrace(None)
-                try:
-                    test(*args, **kwargs)
-                    status = 0
-                except BaseException:
-                    with os.fdopen(write, "wb") as pipe:
-                        pipe.write(traceback.format_exc().encode())
-            finally:
-                os._exit(status)
-        os.close(write)
-        with os.fdopen(read, "rb") as pipe:
-            message = pipe.read().decode()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code < 0:
-            raise AssertionError(f"the process died of {signal.Signals(-code).name}")
-        assert code == 0, message
-
-    return run
+    """A test that runs in a forked child: a crash or a hang there fails it alone."""
+    return apart(test, seconds)
 
 
 def in_process(code: str, seconds: float = 60, **environment: str) -> str:
