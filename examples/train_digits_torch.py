@@ -21,6 +21,10 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
+
+# Before init_process_group: imported later, defaults of functions in this hold the group, whose threads then outlive
+# destroy_process_group and may abort the process at its exit.
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from tqdm import tqdm
@@ -98,8 +102,6 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, rank: int, 
     run: dict[str, Any] = {"optimizer": args.optimizer, "seed": args.seed, "losses": [], "accuracy": []}
     make: Any = getattr(LIBRARIES[args.optim], args.optimizer)
     if args.zero:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
         make = partial(ZeroRedundancyOptimizer, optimizer_class=make)
     lr = {} if args.lr is None else {"lr": args.lr}
     try:
