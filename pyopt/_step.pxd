@@ -9,7 +9,7 @@ from pyopt._engine cimport STATES, Numbers, Rule, Work
 cdef enum:
     COUNTS = 4  # numbers kept per parameter: the step count and what a rule adds to it
 
-cdef long long MOST_STEPS  # where the count stays: a double holds it, and no training comes near
+cdef long long MOST_STEPS  # as in checks.py
 
 cdef enum Route:
     IDLE  # no gradient

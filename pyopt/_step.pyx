@@ -28,6 +28,7 @@ from pyopt._engine cimport ROW_COST, STATES, SUMS, Numbers, Work, number_blocks,
 
 import os
 
+from pyopt import checks
 from pyopt.checks import plain
 from pyopt.parameter import check_state_is_dict, label
 
@@ -164,7 +165,7 @@ cdef object first_too_large(list numbers, exempt):
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
-cdef long long MOST_STEPS = 2 ** 52
+cdef long long MOST_STEPS = checks.MOST_STEPS
 cdef int forks = 0
 
 

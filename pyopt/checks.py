@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 Check = Callable[[str, Any], None]
+MOST_STEPS = 2**52  # where a count of steps stays: a double holds it, and no training comes near
 
 
 def number(
@@ -91,12 +92,12 @@ def step_sizes(name: str, value: Any) -> None:
 
 
 def at_least(low: int) -> Check:
-    """A check for an integer from low to 2**52, where counts stay."""
+    """A check for an integer from low to MOST_STEPS."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name} == {value!r}, must be an int, not {type(value).__name__}")
-        if not low <= int(value) <= 2**52:
+        if not low <= int(value) <= MOST_STEPS:
             raise ValueError(f"{name} == {value!r}, must be >= {low} and <= 2**52")
 
     return check

@@ -10,7 +10,7 @@ from pyopt import _state_dict
 from pyopt._groups import check_keys
 from pyopt._matrix import Writes
 from pyopt._options import check_options
-from pyopt.checks import plain
+from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.parameter import (
     Parameter,
@@ -27,7 +27,6 @@ from pyopt.parameter import (
 
 Array = np.ndarray[Any, Any]
 Shapes = dict[str, tuple[int, ...]]
-MOST_STEPS = 2**52
 
 
 class PreparedOptimizer(Optimizer):

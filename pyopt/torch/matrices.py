@@ -10,8 +10,8 @@ import torch
 import pyopt
 from pyopt._matrix import Writes
 from pyopt._options import check_options
-from pyopt.checks import plain
-from pyopt.optimizers._prepared import MOST_STEPS, Array, PreparedOptimizer, in_order
+from pyopt.checks import MOST_STEPS, plain
+from pyopt.optimizers._prepared import Array, PreparedOptimizer, in_order
 from pyopt.optimizers.muon import COEFFICIENTS, learning_rate, one_of
 from pyopt.torch import _tensors
 from pyopt.torch._tensors import TensorWorkspace
