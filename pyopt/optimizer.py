@@ -135,8 +135,9 @@ class Optimizer(Hooked):
     def check_group(self, group: Group) -> None:
         """Raise unless the keys and hyper-parameters of a group are valid; overriders call this first."""
         check_keys(group, self.defaults)
-        # In an optimizer of the user's own, only lr means what it usually does.
-        usual = CHECKS if self.rule is not None else {"lr": CHECKS["lr"]}
+        # In an optimizer of the user's own, which overrides `update`, only lr means what it usually does.
+        own = self.rule is None and type(self).update is not Optimizer.update
+        usual = {"lr": CHECKS["lr"]} if own else CHECKS
         check_options({key: group[key] for key in self.defaults}, self.checks, usual)
 
     def _parameters(self) -> list[Parameter]:

@@ -7,9 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyopt import _state_dict
-from pyopt._groups import check_keys
 from pyopt._matrix import Writes
-from pyopt._options import check_options
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.parameter import (
@@ -76,10 +74,6 @@ class PreparedOptimizer(Optimizer):
         except BaseException:
             del self.param_groups[-1]
             raise
-
-    def check_group(self, group: Group) -> None:
-        check_keys(group, self.defaults)
-        check_options({key: group[key] for key in self.defaults}, self.checks)
 
     def _move(self, grads: list[Any] | None) -> None:
         self._workspace.step_by(self._prepare_and_write, grads)

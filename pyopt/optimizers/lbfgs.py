@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from pyopt import checks
-from pyopt._groups import check_keys
 from pyopt._isa import kernels
 from pyopt._matrix import Writes, apply_rule, dot
-from pyopt._options import check_options
 from pyopt.checks import plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._prepared import in_order
@@ -111,10 +109,6 @@ class LBFGS(Optimizer):
         if self.param_groups:
             raise ValueError("LBFGS has one param group, must not get another: it steps along one line")
         super().add_param_group(param_group)
-
-    def check_group(self, group: Group) -> None:
-        check_keys(group, self.defaults)
-        check_options({key: group[key] for key in self.defaults}, self.checks)
 
     def _check_entry(self, what: str, entry: dict[str, Any], p: Parameter, group: Group) -> None:
         if "n_iter" in entry:
