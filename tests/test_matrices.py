@@ -412,6 +412,11 @@ def test_an_error_in_the_middle_changes_nothing(cls: Any, options: dict[str, Any
         with pytest.raises(TypeError, match="gradient has dtype float64"):
             o.step()
         assert same(everything(o, params), before)
+        entry = o.state.pop(params[-1], {})
+        o.state[params[-1]] = [entry]
+        with pytest.raises(TypeError, match="its state is a list, must be a dict"):
+            o.step()
+        o.state[params[-1]] = entry
         closure_of(params)()
         if steps:
             name = list(o.state[params[-1]])[-1]

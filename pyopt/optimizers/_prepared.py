@@ -101,11 +101,9 @@ class PreparedOptimizer(Optimizer):
         writes.apply()
 
     def _state_of(
-        self, what: str, group: Group, data: Array, entry: Any
+        self, what: str, group: Group, data: Array, entry: dict[str, Any]
     ) -> tuple[int, dict[str, Array], dict[str, Array]]:
         """The number of the step, 0 where none is counted, the arrays of the state, and those that are new."""
-        if not isinstance(entry, dict):
-            raise TypeError(f"{what}: its state is a {type(entry).__name__}, must be a dict")
         shapes, counts = self.state_shapes(group, data.shape), self.counts(group, data.shape)
         if entry.keys().isdisjoint({*shapes, *(["step"] if counts else [])}):
             made = {name: new_array(data, shape) for name, shape in shapes.items()}
