@@ -22,7 +22,7 @@ from pyopt.parameter import (
     label,
     memory_ranges,
     overlapping,
-    same_strides,
+    same_order,
 )
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _fits(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any], data: np.nda
         and not array.dtype.hasobject
         and array.flags.writeable
         and array.flags.aligned
-        and (array.shape != data.shape or same_strides(array, data))
+        and (array.shape != data.shape or same_order(data.shape, array.strides, data.strides))
     )
 
 

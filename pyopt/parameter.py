@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -119,7 +119,7 @@ def check_data(what: str, data: Any) -> np.ndarray[Any, Any]:
         raise ValueError(f"{what} is read-only, must be writable")
     if not data.flags.aligned:
         raise ValueError(f"{what} is misaligned, must lie at a multiple of {data.dtype.alignment} bytes")
-    if not is_dense(data):
+    if not is_dense(data.shape, data.strides, data.itemsize):
         raise ValueError(
             f"{what} has shape {data.shape} and strides {data.strides}, must be dense: its elements side by side in "
             "memory, in any order of the axes. Pass the array that this is a view of, or a copy."
@@ -127,10 +127,14 @@ def check_data(what: str, data: Any) -> np.ndarray[Any, Any]:
     return data
 
 
-def is_dense(array: np.ndarray[Any, Any]) -> bool:
-    """Whether the elements lie side by side: contiguous after a permutation of the axes."""
-    axes = sorted(range(array.ndim), key=lambda axis: array.strides[axis], reverse=True)
-    return bool(array.transpose(axes).flags.c_contiguous)
+def is_dense(shape: Sequence[int], strides: Sequence[int], unit: int) -> bool:
+    """Whether the elements, each as long as `unit` in the strides, lie side by side, in any order of the axes."""
+    expected = unit
+    for stride, length in sorted(zip(strides, shape, strict=True)):
+        if length != 1 and stride != expected:
+            return 0 in shape
+        expected *= length
+    return True
 
 
 def check_gradient(what: str, data: np.ndarray[Any, Any], grad: Any) -> np.ndarray[Any, Any]:
@@ -163,15 +167,15 @@ def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[An
     """Raise unless the state array of this name can be walked together with the parameter."""
     check_state_values(what, name, state, data)
     array = check_data(f"{what}: state {name!r}", state[name])
-    if not same_strides(array, data):
+    if not same_order(data.shape, array.strides, data.strides):
         raise ValueError(
             f"{what}: state {name!r} has strides {array.strides}, must have {data.strides} like the parameter"
         )
 
 
-def same_strides(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+def same_order(shape: Sequence[int], strides: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two arrays of one shape and dtype lay their elements out alike; a length of 1 has no stride."""
-    return not a.size or all(s == t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
+    return 0 in shape or all(s == t for s, t, n in zip(strides, other, shape, strict=True) if n > 1)
 
 
 Range = tuple[int, int, str, int]  # addresses, the end excluded; what lies there, and of which parameter

@@ -20,7 +20,7 @@ from pyopt.parameter import (
     label,
     memory_ranges,
     parameter_ranges,
-    same_strides,
+    same_order,
 )
 
 Array = np.ndarray[Any, Any]
@@ -156,7 +156,7 @@ def check_state_array(what: str, name: str, entry: dict[str, Any], data: Array, 
 
 def in_order(data: Array, grad: Array) -> Array:
     """A gradient in the memory order of its parameter."""
-    if same_strides(data, grad) and grad.flags.aligned:
+    if same_order(data.shape, data.strides, grad.strides) and grad.flags.aligned:
         return grad
     copy = np.empty_like(data, subok=False)
     np.copyto(copy, grad)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch._C import _len_torch_dispatch_stack
 
+from pyopt.parameter import is_dense
+
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -81,7 +83,9 @@ def fused_kind(optimizer: Any, p: torch.Tensor) -> str:
     if p.device.type == "cpu":
         # There they walk through memory without a look at strides, and know no other layouts.
         first, *others = map(_local, (p, p.grad, *tensors))
-        if first is None or p.dtype not in (*HALVES, torch.float32, torch.float64) or not is_dense(first):
+        if first is None or p.dtype not in (*HALVES, torch.float32, torch.float64):
+            return "no"
+        if first.layout != torch.strided or not is_dense(first.shape, first.stride(), 1):
             return "no"
         if not all(each is not None and _lies_like(each, first) for each in others):
             return "no"
@@ -99,18 +103,6 @@ def _local(tensor: Any) -> torch.Tensor | None:
 
 def _lies_like(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.layout == b.layout and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements lie side by side, in any order of the axes."""
-    if tensor.layout != torch.strided:
-        return False
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return tensor.numel() == 0
-        expected *= size
-    return True
 
 
 def fused_sgd_is_right(dtype: torch.dtype) -> bool:

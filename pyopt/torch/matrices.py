@@ -13,9 +13,9 @@ from pyopt._options import check_options
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizers._prepared import Array, PreparedOptimizer, in_order
 from pyopt.optimizers.muon import COEFFICIENTS, learning_rate, one_of
+from pyopt.parameter import is_dense, same_order
 from pyopt.torch import _tensors
 from pyopt.torch._tensors import TensorWorkspace
-from pyopt.torch.fallback import is_dense
 from pyopt.torch.own import OwnOptimizer, constructor_of
 from pyopt.torch.step import KernelStepMixin, Side
 
@@ -109,7 +109,7 @@ def reason_for(
         return "its gradient has a scale"
     if (reason := why_not("it", p)) or (p.grad is not None and (reason := why_not("its gradient", p.grad))):
         return reason
-    if not is_dense(p):
+    if not is_dense(p.shape, p.stride(), 1):
         return f"its elements do not lie side by side: shape {tuple(p.shape)}, strides {p.stride()}"
     if p.grad is not None and (p.grad.dtype != p.dtype or p.grad.shape != p.shape):
         return f"its gradient is {p.grad.dtype} of shape {tuple(p.grad.shape)}"
@@ -125,7 +125,7 @@ def reason_for(
             or tuple(each.shape) != expected
         ):
             return f"its state {name!r} is missing, or of another kind, dtype or shape"
-        if not (each.is_contiguous() if expected != shape else _lies_like(each, p)):
+        if not (each.is_contiguous() if expected != shape else same_order(p.shape, each.stride(), p.stride())):
             return f"its state {name!r} is of another memory order"
     if core.counts(group, shape):
         count = entry.get("step")
@@ -149,11 +149,6 @@ def why_not(what: str, tensor: Any) -> str | None:
     if tensor.numel() and (not tensor.data_ptr() or tensor.data_ptr() % tensor.element_size()):
         return f"{what} has no aligned memory"
     return None
-
-
-def _lies_like(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape lay their elements out alike; a length of 1 has no stride."""
-    return all(s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1) or not a.numel()
 
 
 def shares(written: list[Tensor], read: list[Tensor]) -> bool:
