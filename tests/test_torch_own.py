@@ -12,7 +12,7 @@ import pytest
 
 import pyopt
 from cases import CASES, SUMMING, Case, assert_same_bits
-from torch_or_skip import new_parameters, optim, torch
+from torch_or_skip import assert_formula_is_the_kernels, new_parameters, optim, torch
 
 OWN = sorted({c.optimizer for c in CASES if not hasattr(torch.optim, c.optimizer.__name__)}, key=lambda c: c.__name__)
 OWN_CASES = [case for case in CASES if case.optimizer in OWN]
@@ -44,21 +44,8 @@ def test_constructor(core: type[pyopt.Optimizer]) -> None:
 
 @pytest.mark.parametrize("case", OWN_CASES, ids=str)
 def test_formula_is_the_kernels(case: Case) -> None:
-    """Step by step, by torch's operations and by the kernel; the gradients' factor counts in both."""
-    by_kernel, by_formula = (new_parameters((5, 4), (7,), (), dtype=torch.float64) for _ in range(2))
-    ours, theirs = (of(case.optimizer)(params, **case.options) for params in (by_kernel, by_formula))
-    for step in range(12):
-        for params in (by_kernel, by_formula):
-            gradients(params, step)
-        ours.step()
-        for p in by_formula:
-            p.grad *= 4
-        theirs._step_by_torch([(0, p) for p in by_formula], 0.25)
-        for p, q in zip(by_kernel, by_formula, strict=True):
-            torch.testing.assert_close(q, p, rtol=1e-11, atol=1e-13)
-            assert list(ours.state[p]) == list(theirs.state[q])
-            for name, value in ours.state[p].items():
-                torch.testing.assert_close(theirs.state[q][name], value, rtol=1e-11, atol=1e-13)
+    twins = (new_parameters((5, 4), (7,), (), dtype=torch.float64) for _ in range(2))
+    assert_formula_is_the_kernels(*(of(case.optimizer)(params, **case.options) for params in twins), gradients)
 
 
 @each_own

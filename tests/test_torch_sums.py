@@ -9,7 +9,7 @@ import pytest
 
 import pyopt
 from cases import assert_same_bits
-from torch_or_skip import new_parameters, optim, torch
+from torch_or_skip import assert_formula_is_the_kernels, new_parameters, optim, torch
 
 ADAMS = pytest.mark.parametrize("name", ["Adam", "AdamW"])
 OPTIONS = pytest.mark.parametrize(
@@ -44,19 +44,9 @@ def test_bits_of_the_numpy_side(name: str, options: dict[str, Any], dtype: Any) 
 @OPTIONS
 @pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1}, {"maximize": True}], ids=str)
 def test_formula_is_the_kernels(name: str, options: dict[str, Any], decay: dict[str, Any]) -> None:
-    by_kernel, by_formula = (new_parameters((50, 4), (7,), (), (0,), dtype=torch.float64) for _ in range(2))
-    ours, theirs = (getattr(optim, name)(params, lr=0.1, **options, **decay) for params in (by_kernel, by_formula))
-    for step in range(8):
-        for params in (by_kernel, by_formula):
-            gradients(params, step)
-        ours.step()
-        for p in by_formula:
-            p.grad *= 4
-        theirs._step_by_torch([(0, p) for p in by_formula], 0.25)
-        for p, q in zip(by_kernel, by_formula, strict=True):
-            torch.testing.assert_close(q, p, rtol=1e-11, atol=1e-13)
-            for key, value in ours.state[p].items():
-                torch.testing.assert_close(theirs.state[q][key], value, rtol=1e-11, atol=1e-13)
+    twins = (new_parameters((50, 4), (7,), (), (0,), dtype=torch.float64) for _ in range(2))
+    new = getattr(optim, name)
+    assert_formula_is_the_kernels(*(new(params, lr=0.1, **options, **decay) for params in twins), gradients)
 
 
 @ADAMS

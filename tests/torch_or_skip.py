@@ -119,6 +119,22 @@ def assert_same_layout(actual: Any, expected: Any, where: str = "state_dict", bu
         assert actual == expected, where
 
 
+def assert_formula_is_the_kernels(ours: Any, theirs: Any, gradients: Callable[[list[Any], int], None]) -> None:
+    """Step by step: of two optimizers one by the kernel, one by torch's operations; the gradients' factor counts."""
+    for step in range(12):
+        for optimizer in (ours, theirs):
+            gradients(parameters(optimizer), step)
+        ours.step()
+        for p in parameters(theirs):
+            p.grad *= 4
+        theirs._step_by_torch([(0, p) for p in parameters(theirs)], 0.25)
+        for p, q in zip(parameters(ours), parameters(theirs), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-11, atol=1e-13)
+            assert list(ours.state[p]) == list(theirs.state[q])
+            for name, value in ours.state[p].items():
+                torch.testing.assert_close(theirs.state[q][name], value, rtol=1e-11, atol=1e-13)
+
+
 class Twins:
     """An optimizer of pyopt.torch and torch's of the same name, on parameters of the same values.
 

@@ -144,7 +144,7 @@ MUTATIONS = [
         ),
         ("number(name, value, 0)", "number(name, value, -1)", "negative numbers"),
         ("x < below):", "x <= below):", "a strict bound"),
-        ("low <= int(value) <= 2**52:", "low <= int(value):", "the last step count"),
+        ("low <= int(value) <= MOST_STEPS:", "low <= int(value):", "the last step count"),
         ("len(value) != 2", "len(value) < 2", "three betas"),
     ),
     *of(
