@@ -274,8 +274,8 @@ MUTATIONS = [
         ("if overflow or not 0 <= steps <= MOST_STEPS:", "if overflow:", "a step count beyond its end"),
         (" or not same_shape(&p, &g):", ":", "a gradient of another shape"),
         (
-            "                kept.put_back()\n",
-            "                pass\n",
+            "            kept.put_back()\n",
+            "            pass\n",
             "a user's update that raises leaves half a step",
         ),
     ),
