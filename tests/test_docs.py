@@ -1,7 +1,8 @@
-"""docs/optimizers.md says what the docstrings say, with a picture of every path."""
+"""docs/optimizers.md says what the docstrings say, with a picture of every path; the README's table has every one."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import optimizers
 import optimizers_page
 from pyopt import Adam, Optimizer
 
@@ -44,6 +46,14 @@ def test_option_that_the_docstring_lacks() -> None:
     Short.__doc__ = (Adam.__doc__ or "").replace("eps: added to the root, >= 0.\n        ", "")
     with pytest.raises(ValueError, match="Short: Args of its docstring lacks eps"):
         optimizers_page.options(Short)
+
+
+def test_table_of_the_readme() -> None:
+    """Every optimizer is in it; what does not depend on the machine is as the declarations have it."""
+    assert optimizers.README.read_text() == optimizers.readme(), "run bench/report.py --catalogue"
+    numbers = json.loads(optimizers.NUMBERS.read_text())
+    assert {label for label, _, _ in optimizers.rows()} == numbers["rows"].keys(), "run bench/report.py --catalogue"
+    assert "| 8 | 28 |" in next(line for line in optimizers.readme().splitlines() if line.startswith("| [Adam]"))
 
 
 def test_trajectories(tmp_path: Path) -> None:
