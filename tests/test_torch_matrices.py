@@ -379,6 +379,7 @@ LBFGS = [
     dict(zip(("line_search_fn", "lr", "history_size", "max_eval"), values, strict=True))
     for values in product((None, "strong_wolfe"), (1, 0.1, 1e-3), (100, 2), (None, 7))
 ]
+LBFGS += [{"tolerance_grad": 2.0}, {"tolerance_change": 0.1}]
 
 
 @pytest.mark.parametrize("options", LBFGS, ids=str)
