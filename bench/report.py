@@ -1,4 +1,8 @@
-"""Measure pyopt against the roof and everybody else, and write report.md with its plots: `python bench/report.py`."""
+"""Measure pyopt against the roof and everybody else, and write what was found: `python bench/report.py`.
+
+report.md with its plots has six optimizers, by size and number of tensors and against all rivals; the README's table
+has every optimizer, against its roof and torch (`--catalogue`: that table alone; names behind it: those rows anew).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,17 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from tqdm import tqdm
 
+import optimizers
 import pyopt
 from measure import Timing, bandwidth, side_by_side
+from pyopt import _isa as isa
 from rivals import CASES, MAKERS, Tensors, available, check, cores, make, set_threads
 
 OWN = ("pyopt", "roof")
@@ -372,6 +379,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--sizes", type=int, nargs="+", help="elements of one tensor")
     parser.add_argument("--optimizers", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
+    parser.add_argument("--catalogue", nargs="*", metavar="NAME", help="the README's table of optimizers alone")
     parser.add_argument("--dtype", choices=["float32", "float64", "both"])
     parser.add_argument("--threads", type=int, default=cores(), help="the most threads, default all cores")
     parser.add_argument("--torch-memory", choices=["numpy", "torch"], default="numpy", help="torch's allocator")
@@ -390,8 +398,22 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def write_catalogue(args: argparse.Namespace) -> None:
+    names = {cls.__name__ for cls in optimizers.catalogue()}
+    if unknown := sorted({*(args.catalogue or ())} - names):
+        raise SystemExit(f"--catalogue {unknown[0]}: no optimizer of pyopt, must be of {', '.join(sorted(names))}")
+    where = (
+        f"{cpu()}, {cores()} cores, instructions {isa.level}, {args.threads} threads, NumPy {version('numpy')}, "
+        f"torch {version('torch') if find_spec('torch') else 'none'}, load average {args.load} when it began"
+    )
+    optimizers.report(args.catalogue or names, args.threads, args.budget, where)
+
+
 def main() -> None:
     args = arguments()
+    write_catalogue(args)
+    if args.catalogue is not None:
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     report = Report(measure_all(args), args)
     (args.output / "report.md").write_text(report.write())

@@ -15,15 +15,33 @@ from unittest import mock
 
 import pytest
 
-from torch_or_skip import ELEVEN, Twins, assert_same_layout, optim, outcome, random_gradients, torch
+from torch_or_skip import (
+    ELEVEN,
+    MATRICES,
+    Twins,
+    assert_same_layout,
+    new_parameters,
+    optim,
+    outcome,
+    random_gradients,
+    torch,
+)
 
 with mock.patch.object(sys, "argv", sys.argv[:1]):  # it parses the command line
     from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-INFOS = {info.name: info for info in optim_db if info.name in ELEVEN}
+INFOS = {info.name: info for info in optim_db}
+OURS = [*ELEVEN, *MATRICES]  # the configurations of the latter: test_torch_matrices.py
+OF_TORCH = ["LBFGS", "SparseAdam"]  # handed out as they are
 DTYPES = [torch.float32, torch.float64]
 IDS = {torch.float32: "float32", torch.float64: "float64"}
 STEPS = 8
+
+
+def test_every_optimizer_of_torch_is_here() -> None:
+    assert {*OURS, *OF_TORCH} == INFOS.keys()
+    for name in OF_TORCH:
+        assert getattr(optim, name) is getattr(torch.optim, name)
 
 
 def switches(name: str) -> list[dict[str, bool]]:
@@ -94,10 +112,11 @@ def test_lr_as_tensor(name: str, dtype: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ELEVEN)
+@pytest.mark.parametrize("name", OURS)
 def test_new_and_eager_state(name: str) -> None:
     """The same state before any step, and a state_dict of the same bytes when saved."""
-    twins = Twins(name, lambda: groups(torch.float32))
+    build = (lambda: new_parameters((3, 4), (5, 2))) if name == "Muon" else (lambda: groups(torch.float32))
+    twins = Twins(name, build)
     assert_same_layout(twins.ours.state_dict(), twins.theirs.state_dict())
     twins.check(0)
     files = [io.BytesIO(), io.BytesIO()]
@@ -106,15 +125,18 @@ def test_new_and_eager_state(name: str) -> None:
     assert files[0].getvalue() == files[1].getvalue()
 
 
-@pytest.mark.parametrize("name", ELEVEN)
+@pytest.mark.parametrize("name", OURS)
 def test_class(name: str) -> None:
     ours, theirs = getattr(optim, name), getattr(torch.optim, name)
     assert issubclass(ours, theirs) and ours is not theirs
     assert ours.__name__ == theirs.__name__
-    extra = {"update_clip", "cautious"} if name in ("Adam", "AdamW") else set()
-    parameters = inspect.signature(ours).parameters
-    assert set(parameters) - set(inspect.signature(theirs).parameters) == extra
-    assert [p for p in parameters.values() if p.name not in extra] == [*inspect.signature(theirs).parameters.values()]
+    scaled = {"update_clip", "cautious"}
+    extra = {"Adam": scaled, "AdamW": scaled, "Adafactor": {"relative_step", "scale_parameter"}, "Muon": {"ns_dtype"}}
+    own, of_torch = (
+        {p.name: (p.kind, p.default) for p in inspect.signature(cls).parameters.values()} for cls in (ours, theirs)
+    )
+    assert own.keys() - of_torch.keys() == extra.get(name, set())
+    assert [*of_torch.items()] == [item for item in own.items() if item[0] in of_torch]
 
 
 @pytest.mark.parametrize("name", ELEVEN)
@@ -137,7 +159,7 @@ def test_differentiable_goes_to_torch(name: str) -> None:
 
 ERRORS = [
     pytest.param(name, error, id=f"{name}-{error.optimizer_error_input.desc}".replace(" ", "_"))
-    for name in ELEVEN
+    for name in OURS
     for error in INFOS[name].optim_error_inputs_func(device="cpu", dtype=torch.float32)
 ]
 
@@ -201,7 +223,7 @@ MORE_ERRORS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("name", ELEVEN)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("row", MORE_ERRORS, ids=lambda row: str(row[1] or type(row[0])).replace(" ", ""))
 def test_more_constructor_errors(name: str, row: Any) -> None:
     """What torch refuses or accepts, with its type of exception and its message."""
@@ -212,7 +234,7 @@ def test_more_constructor_errors(name: str, row: Any) -> None:
 
 
 def sparse(p: Any) -> None:
-    p.grad = torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], p.shape, dtype=p.dtype, check_invariants=True)
+    p.grad = torch.tensor([1.0, 0.0, 2.0, 0.0]).reshape(p.shape).to_sparse()
 
 
 def wrong_shape(p: Any) -> None:
@@ -231,8 +253,8 @@ def wrong_dtype(p: Any) -> None:
 
 
 def expanded_parameter(p: Any) -> None:
-    p.data = torch.ones(1).expand(4)
-    p.grad = torch.ones(4)
+    p.data = torch.ones(1).expand(p.shape)
+    p.grad = torch.ones(p.shape)
 
 
 STEP_ERRORS = [sparse, wrong_shape, broadcast, wrong_dtype, expanded_parameter]
@@ -242,16 +264,16 @@ STEP_ERRORS = [sparse, wrong_shape, broadcast, wrong_dtype, expanded_parameter]
 @pytest.mark.parametrize("stepped", [False, True], ids=["first_step", "second_step"])
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}], ids=["plain", "decay"])
 @pytest.mark.parametrize("spoil", STEP_ERRORS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", ELEVEN)
+@pytest.mark.parametrize("name", OURS)
 def test_step_errors(name: str, spoil: Any, options: dict[str, Any], stepped: bool) -> None:
     """Odd gradients and parameters: torch's result or torch's exception; never another."""
     results = []
     options = {} if name == "Rprop" else options  # it knows no decay
     for module in (optim, torch.optim):
-        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, -4.0]))
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0, -4.0]).reshape((1, 4) if name == "Muon" else (4,)))
         optimizer = getattr(module, name)([p], lr=0.5, **options)
         if stepped:
-            p.grad = torch.ones(4)
+            p.grad = torch.ones_like(p)
             optimizer.step()
         spoil(p)
         results.append((outcome(optimizer.step), p.detach().clone()))
@@ -259,7 +281,7 @@ def test_step_errors(name: str, spoil: Any, options: dict[str, Any], stepped: bo
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ELEVEN)
+@pytest.mark.parametrize("name", OURS)
 def test_missing_state(name: str) -> None:
     """An option turned on when the state exists: torch's KeyError."""
     option = {"SGD": None, "Adagrad": None, "RMSprop": {"centered": True}}.get(name, {"amsgrad": True})
@@ -267,8 +289,8 @@ def test_missing_state(name: str) -> None:
         option = {"momentum": 0.9}  # SGD starts a buffer then; Adagrad has no use for it
     results = []
     for module in (optim, torch.optim):
-        p = torch.nn.Parameter(torch.ones(4))
-        p.grad = torch.ones(4)
+        p = torch.nn.Parameter(torch.ones(4, 1))
+        p.grad = torch.ones(4, 1)
         optimizer = getattr(module, name)([p])
         optimizer.step()
         optimizer.param_groups[0].update(option)

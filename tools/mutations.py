@@ -77,11 +77,11 @@ MUTATIONS = [
         "pyopt/_kernels.pyx",
         RULES,
         (
-            "adam(p[i], g[i], &m[i], &v[i], &v_max[i]",
-            "adam(p[i], g[i], &v[i], &m[i], &v_max[i]",
+            "adam(p[i], g[i], &s[i], &t[i], &u[i]",
+            "adam(p[i], g[i], &t[i], &s[i], &u[i]",
             "Adam: the order of the streams",
         ),
-        ("&s[i], &b[i], &a[i]", "&s[i], &a[i], &b[i]", "RMSprop: the order of the streams"),
+        ("rmsprop(p[i], g[i], &s[i], &t[i]", "rmsprop(p[i], g[i], &t[i], &s[i]", "RMSprop: the order of the streams"),
     ),
     *of(
         "pyopt/_engine.pyx",

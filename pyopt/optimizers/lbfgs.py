@@ -66,9 +66,9 @@ class LBFGS(Optimizer):
         >>> w.data.round(4)
         array([1., 1.])
 
-    Source: Nocedal and Wright, Numerical Optimization, algorithms 7.4 and 7.5; the line search with cubic interpolation
-    is minFunc's, as in torch. Scalars and sums are taken in double. All or nothing: if the closure raises, parameters
-    and state are what they were before the step.
+    Source: Nocedal and Wright, Numerical Optimization (2006), algorithms 7.4 and 7.5; the line search, with cubic
+    interpolation, is that of minFunc, as in torch. Scalars and sums are taken in double. All or nothing: if the closure
+    raises, parameters and state are what they were before the step.
     """
 
     checks = {

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import pyopt
 from pyopt.optimizers.prodigy import OneDistance
 from pyopt.optimizers.schedule_free import Move, TrainEval
-from pyopt.torch import own
-from pyopt.torch.own import OwnOptimizer, ScaledSteps, constructor_of
+from pyopt.torch.own import OwnOptimizer, Row, ScaledSteps, constructor_of, mean_square, norm, sign, wide
 from pyopt.torch.step import KernelStepMixin
+
+__all__ = [
+    "ADOPT",
+    "ASGD",
+    "FTRL",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "AdEMAMix",
+    "AdaBelief",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "AdamWScheduleFree",
+    "Adamax",
+    "Adan",
+    "Lion",
+    "NAdam",
+    "Prodigy",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGDScheduleFree",
+]
 
 
 class SGD(KernelStepMixin, torch.optim.SGD, core=pyopt.SGD):
@@ -40,7 +66,11 @@ class Lion(OwnOptimizer, core=pyopt.Lion):
     """
 
     __init__ = constructor_of(pyopt.Lion)
-    formula = staticmethod(own.lion)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+        direction = sign(h["beta1"] * m + h["weight1"] * g)
+        return p * h["decay_factor"] - h["lr"] * direction, h["beta2"] * m + h["weight2"] * g
 
 
 class Adagrad(KernelStepMixin, torch.optim.Adagrad, core=pyopt.Adagrad):
@@ -103,49 +133,100 @@ class AdaBelief(OwnOptimizer, core=pyopt.AdaBelief):
     """pyopt.AdaBelief for tensors: arguments, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.AdaBelief)
-    formula = staticmethod(own.adabelief)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        g = g + h["weight_decay"] * p if h["weight_decay"] else g
+        m = m.lerp(g, h["weight1"])
+        s = mean_square(s, g - m, h["beta2"], h["weight2"]) + h["eps"]
+        d = s.sqrt() * h["inverse_sqrt_bias_correction2"] + h["eps"]
+        return p * h["decay_factor"] - h["step_size"] * m / d, m, s
 
 
 class ADOPT(OwnOptimizer, core=pyopt.ADOPT):
     """pyopt.ADOPT for tensors: arguments, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.ADOPT)
-    formula = staticmethod(own.adopt)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        g = g + h["weight_decay"] * p if h["weight_decay"] else g
+        if h["first"]:
+            return p, m, g * g
+        m = m.lerp((g / v.sqrt().clamp(min=h["eps"])).clamp(-h["clip"], h["clip"]), h["weight1"])
+        return p * h["decay_factor"] - h["lr"] * m, m, mean_square(v, g, h["beta2"], h["weight2"])
 
 
 class AdEMAMix(OwnOptimizer, core=pyopt.AdEMAMix):
     """pyopt.AdEMAMix for tensors: arguments, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.AdEMAMix)
-    formula = staticmethod(own.ademamix)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, m1: Tensor, m2: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        m1, m2 = m1.lerp(g, h["weight1"]), m2.lerp(g, h["weight3"])
+        v = mean_square(v, g, h["beta2"], h["weight2"])
+        d = v.sqrt() * h["inverse_sqrt_bias_correction2"] + h["eps"]
+        return p * h["decay_factor"] - (h["step_size"] * m1 + h["slow_step_size"] * m2) / d, m1, m2, v
 
 
 class Adan(OwnOptimizer, core=pyopt.Adan):
     """pyopt.Adan for tensors: arguments, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.Adan)
-    formula = staticmethod(own.adan)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, u: Tensor, n: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+        change = torch.zeros_like(g) if h["first"] else g - previous
+        m, u = m.lerp(g, h["weight1"]), u.lerp(change, h["weight2"])
+        n = mean_square(n, g + h["beta2"] * change, h["beta3"], h["weight3"])
+        d = n.sqrt() * h["inverse_sqrt_bias_correction3"] + h["eps"]
+        p = (p - (h["step_size"] * m + h["difference_step_size"] * u) / d) * h["decay_factor"]
+        return p, m, u, n, g
 
 
 class FTRL(OwnOptimizer, core=pyopt.FTRL):
     """pyopt.FTRL for tensors: arguments, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.FTRL)
-    formula = staticmethod(own.ftrl)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, z: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        root = (n + g * g).sqrt()
+        z = z + (g - (root - n.sqrt()) * h["inverse_lr"] * p)
+        w = (sign(z) * h["l1"] - z) / (root * h["inverse_lr"] + h["ridge"])
+        return torch.where(z.abs() <= h["l1"], 0, w), z, n + g * g
 
 
 class LARS(OwnOptimizer, core=pyopt.LARS):
     """pyopt.LARS for tensors: arguments, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.LARS)
-    formula = staticmethod(own.lars)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, *b: Tensor) -> tuple[Tensor, ...]:
+        lr, of_p, of_g = h["lr"], norm(p), norm(g)
+        if h["trust_ratio"] and of_p and of_g:
+            lr *= h["trust_coefficient"] * of_p / (of_g + h["weight_decay"] * of_p)
+        g = lr * (g + h["weight_decay"] * p if h["weight_decay"] else g)
+        b = tuple(before * h["momentum"] + g for before in b)
+        for buffer in b:
+            g = g + h["momentum"] * buffer if h["nesterov"] else buffer
+        return p - g, *b
 
 
 class LAMB(OwnOptimizer, core=pyopt.LAMB):
     """pyopt.LAMB for tensors: arguments, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.LAMB)
-    formula = staticmethod(own.lamb)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        m, v = m.lerp(g, h["weight1"]), mean_square(v, g, h["beta2"], h["weight2"])
+        u = h["inverse_bias_correction1"] * m / (v.sqrt() * h["inverse_sqrt_bias_correction2"] + h["eps"])
+        u = u + h["weight_decay"] * p if h["weight_decay"] else u
+        of_p, of_u = norm(p), norm(u)
+        return p - h["lr"] * (of_p / of_u if h["trust_ratio"] and of_p and of_u else 1) * u, m, v
 
 
 class Prodigy(OneDistance, OwnOptimizer, core=pyopt.Prodigy):
@@ -156,11 +237,25 @@ class Prodigy(OneDistance, OwnOptimizer, core=pyopt.Prodigy):
 
     __init__ = constructor_of(pyopt.Prodigy)
 
-    def _apply(self, rows: Iterator[own.Row]) -> None:
+    @staticmethod
+    def _sums(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, p0: Tensor) -> tuple[Any, ...]:
+        """What Prodigy's d follows from, <g, p0 - p> weighted and |s|, and the new state."""
+        g = g + h["weight_decay"] * p if h["weight_decay"] else g
+        p0 = p if h["first"] else p0
+        m, v = m * h["beta1"] + h["weight1"] * g, mean_square(v, g, h["beta2"], h["weight2"])
+        s = s * h["beta3"] + h["weight3"] * g
+        along = h["numerator_weight"] * float((g.double() * (p0.double() - p.double())).sum())
+        return along, float(s.abs().sum(dtype=torch.float64)), m, v, s, p0
+
+    @staticmethod
+    def _moved(h: Any, d: float, p: Tensor, m: Tensor, v: Tensor) -> Any:
+        return p * h["decay_factor"] - h["step_size"] * m / (v.sqrt() + h["eps"] * d)
+
+    def _apply(self, rows: Iterator[Row]) -> None:
         moved = []
         numerator = denominator = 0.0
         for h, (p, *state), g in rows:
-            along, distance, *after = own.prodigy_sums(h, own.wide(p), g, *map(own.wide, state))
+            along, distance, *after = self._sums(h, wide(p), g, *map(wide, state))
             numerator, denominator = numerator + along, denominator + distance
             for before, value in zip(state, after, strict=True):
                 before.copy_(value)
@@ -170,7 +265,7 @@ class Prodigy(OneDistance, OwnOptimizer, core=pyopt.Prodigy):
         if denominator and not first["d_coef"] * d_numerator / denominator <= d:  # NaN shows
             d = first["d_coef"] * d_numerator / denominator
         for h, p, m, v in moved:
-            p.copy_(own.prodigy(h, d, own.wide(p), own.wide(m), own.wide(v)))
+            p.copy_(self._moved(h, d, wide(p), wide(m), wide(v)))
         for group in self.param_groups:
             group.update(d=d, d_numerator=d_numerator)
 
@@ -188,11 +283,21 @@ class SGDScheduleFree(ScheduleFree, core=pyopt.SGDScheduleFree):
     """pyopt.SGDScheduleFree for tensors: arguments, modes, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.SGDScheduleFree)
-    formula = staticmethod(own.sgd_schedule_free)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        g = g + h["weight_decay"] * p if h["weight_decay"] else g
+        z = p if h["first"] else z
+        return p.lerp(z, h["c"]) + h["y_step_size"] * g, z - h["lr"] * g
 
 
 class AdamWScheduleFree(ScheduleFree, core=pyopt.AdamWScheduleFree):
     """pyopt.AdamWScheduleFree for tensors: arguments, modes, state and errors are its; no sparse gradients."""
 
     __init__ = constructor_of(pyopt.AdamWScheduleFree)
-    formula = staticmethod(own.adamw_schedule_free)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        v = mean_square(v, g, h["beta2"], h["weight2"])
+        g = g / ((v * h["inverse_bias_correction2"]).sqrt() + h["eps"])
+        return *SGDScheduleFree.formula(h, p, g, z), v

@@ -150,82 +150,30 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-# --- the formulas, in the words of pyopt/_rules.pxd -------------------------------------------------------------------
+# --- pieces of the formulas, in the words of pyopt/_rules.pxd ---------------------------------------------------------
 
 
-def _sign(x: Tensor) -> Tensor:
+def sign(x: Tensor) -> Tensor:
     """torch's sign of NaN is 0."""
     return torch.where(x.isnan(), x, x.sign())
 
 
-def _mean_square(v: Tensor, g: Tensor, beta: float, weight: float) -> Tensor:
+def mean_square(v: Tensor, g: Tensor, beta: float, weight: float) -> Tensor:
     return v * beta + weight * g * g
 
 
-def lion(h: Any, p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-    direction = _sign(h["beta1"] * m + h["weight1"] * g)
-    return p * h["decay_factor"] - h["lr"] * direction, h["beta2"] * m + h["weight2"] * g
-
-
-def adabelief(h: Any, p: Tensor, g: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-    g = g + h["weight_decay"] * p if h["weight_decay"] else g
-    m = m.lerp(g, h["weight1"])
-    s = _mean_square(s, g - m, h["beta2"], h["weight2"]) + h["eps"]
-    d = s.sqrt() * h["inverse_sqrt_bias_correction2"] + h["eps"]
-    return p * h["decay_factor"] - h["step_size"] * m / d, m, s
-
-
-def adopt(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    g = g + h["weight_decay"] * p if h["weight_decay"] else g
-    if h["first"]:
-        return p, m, g * g
-    m = m.lerp((g / v.sqrt().clamp(min=h["eps"])).clamp(-h["clip"], h["clip"]), h["weight1"])
-    return p * h["decay_factor"] - h["lr"] * m, m, _mean_square(v, g, h["beta2"], h["weight2"])
-
-
-def ademamix(h: Any, p: Tensor, g: Tensor, m1: Tensor, m2: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    m1, m2 = m1.lerp(g, h["weight1"]), m2.lerp(g, h["weight3"])
-    v = _mean_square(v, g, h["beta2"], h["weight2"])
-    d = v.sqrt() * h["inverse_sqrt_bias_correction2"] + h["eps"]
-    return p * h["decay_factor"] - (h["step_size"] * m1 + h["slow_step_size"] * m2) / d, m1, m2, v
-
-
-def adan(h: Any, p: Tensor, g: Tensor, m: Tensor, u: Tensor, n: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
-    change = torch.zeros_like(g) if h["first"] else g - previous
-    m, u = m.lerp(g, h["weight1"]), u.lerp(change, h["weight2"])
-    n = _mean_square(n, g + h["beta2"] * change, h["beta3"], h["weight3"])
-    d = n.sqrt() * h["inverse_sqrt_bias_correction3"] + h["eps"]
-    p = (p - (h["step_size"] * m + h["difference_step_size"] * u) / d) * h["decay_factor"]
-    return p, m, u, n, g
-
-
-def ftrl(h: Any, p: Tensor, g: Tensor, z: Tensor, n: Tensor) -> tuple[Tensor, ...]:
-    root = (n + g * g).sqrt()
-    z = z + (g - (root - n.sqrt()) * h["inverse_lr"] * p)
-    w = (_sign(z) * h["l1"] - z) / (root * h["inverse_lr"] + h["ridge"])
-    return torch.where(z.abs() <= h["l1"], 0, w), z, n + g * g
-
-
-def sgd_schedule_free(h: Any, p: Tensor, g: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    g = g + h["weight_decay"] * p if h["weight_decay"] else g
-    z = p if h["first"] else z
-    return p.lerp(z, h["c"]) + h["y_step_size"] * g, z - h["lr"] * g
-
-
-def adamw_schedule_free(h: Any, p: Tensor, g: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    v = _mean_square(v, g, h["beta2"], h["weight2"])
-    g = g / ((v * h["inverse_bias_correction2"]).sqrt() + h["eps"])
-    return *sgd_schedule_free(h, p, g, z), v
+def norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def adam_scaled(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tensor) -> tuple[Tensor, ...]:
     g = g + h["weight_decay"] * p if h["weight_decay"] else g
-    m, v = m.lerp(g, h["weight1"]), _mean_square(v, g, h["beta2"], h["weight2"])
+    m, v = m.lerp(g, h["weight1"]), mean_square(v, g, h["beta2"], h["weight2"])
     v_max = tuple(torch.maximum(before, v) for before in v_max)
     root = (*v_max, v)[0].sqrt() * h["inverse_sqrt_bias_correction2"]
     step_size, decay_factor = h["step_size"], h["decay_factor"]
     if h["update_clip"]:
-        rms = _norm(g / root.clamp(min=h["eps"])) / math.sqrt(max(p.numel(), 1))
+        rms = norm(g / root.clamp(min=h["eps"])) / math.sqrt(max(p.numel(), 1))
         if not rms <= 1:
             step_size, decay_factor = step_size / rms, 1 - (1 - decay_factor) / rms
     step = step_size * m / (root + h["eps"])
@@ -233,40 +181,3 @@ def adam_scaled(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *v_max: Tens
         agrees = m * g > 0
         step = step * agrees / max(float(agrees.sum()) / max(p.numel(), 1), 1e-3)
     return p * decay_factor - step, m, v, *v_max
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
-
-
-def lars(h: Any, p: Tensor, g: Tensor, *b: Tensor) -> tuple[Tensor, ...]:
-    lr, of_p, of_g = h["lr"], _norm(p), _norm(g)
-    if h["trust_ratio"] and of_p and of_g:
-        lr *= h["trust_coefficient"] * of_p / (of_g + h["weight_decay"] * of_p)
-    g = lr * (g + h["weight_decay"] * p if h["weight_decay"] else g)
-    b = tuple(before * h["momentum"] + g for before in b)
-    for buffer in b:
-        g = g + h["momentum"] * buffer if h["nesterov"] else buffer
-    return p - g, *b
-
-
-def lamb(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    m, v = m.lerp(g, h["weight1"]), _mean_square(v, g, h["beta2"], h["weight2"])
-    u = h["inverse_bias_correction1"] * m / (v.sqrt() * h["inverse_sqrt_bias_correction2"] + h["eps"])
-    u = u + h["weight_decay"] * p if h["weight_decay"] else u
-    of_p, of_u = _norm(p), _norm(u)
-    return p - h["lr"] * (of_p / of_u if h["trust_ratio"] and of_p and of_u else 1) * u, m, v
-
-
-def prodigy_sums(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, p0: Tensor) -> tuple[Any, ...]:
-    """What Prodigy's d follows from, <g, p0 - p> weighted and |s|, and the new state."""
-    g = g + h["weight_decay"] * p if h["weight_decay"] else g
-    p0 = p if h["first"] else p0
-    m, v = m * h["beta1"] + h["weight1"] * g, _mean_square(v, g, h["beta2"], h["weight2"])
-    s = s * h["beta3"] + h["weight3"] * g
-    along = h["numerator_weight"] * float((g.double() * (p0.double() - p.double())).sum())
-    return along, float(s.abs().sum(dtype=torch.float64)), m, v, s, p0
-
-
-def prodigy(h: Any, d: float, p: Tensor, m: Tensor, v: Tensor) -> Any:
-    return p * h["decay_factor"] - h["step_size"] * m / (v.sqrt() + h["eps"] * d)

@@ -1,0 +1,63 @@
+"""docs/optimizers.md says what the docstrings say, with a picture of every path; the README's table has every one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import optimizers
+import optimizers_page
+from pyopt import Adam, Optimizer
+
+ROOT = Path(__file__).parent.parent
+each = pytest.mark.parametrize("cls", optimizers_page.catalogue(), ids=lambda cls: cls.__name__)
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_page_is_up_to_date() -> None:
+    assert optimizers_page.PAGE.read_text() == optimizers_page.page(), "run tools/optimizers_page.py"
+
+
+@each
+def test_picture(cls: type[Optimizer]) -> None:
+    assert is_picture(ROOT / "docs" / "paths" / f"{cls.__name__.lower()}.png"), "run examples/trajectories.py"
+
+
+@each
+def test_docstring_has_a_source(cls: type[Optimizer]) -> None:
+    form = r"\[[^]]+, 20\d\d\]\(https://arxiv.org/abs/\d{4}\.\d+\)|[^][()]+, (19|20)\d\d|as for \w+ and \w+"
+    assert re.fullmatch(form, optimizers_page.paper(cls))
+
+
+def test_option_that_the_docstring_lacks() -> None:
+    class Short(Adam):
+        __doc__ = (Adam.__doc__ or "").replace("eps: added", "epsilon: added")
+
+    with pytest.raises(KeyError, match="epsilon"):
+        optimizers_page.options(Short)
+    Short.__doc__ = (Adam.__doc__ or "").replace("eps: added to the root, >= 0.\n        ", "")
+    with pytest.raises(ValueError, match="Short: Args of its docstring lacks eps"):
+        optimizers_page.options(Short)
+
+
+def test_table_of_the_readme() -> None:
+    """Every optimizer is in it; what does not depend on the machine is as the declarations have it."""
+    assert optimizers.README.read_text() == optimizers.readme(), "run bench/report.py --catalogue"
+    numbers = json.loads(optimizers.NUMBERS.read_text())
+    assert {label for label, _, _ in optimizers.rows()} == numbers["rows"].keys(), "run bench/report.py --catalogue"
+    assert "| 8 | 28 |" in next(line for line in optimizers.readme().splitlines() if line.startswith("| [Adam]"))
+
+
+def test_trajectories(tmp_path: Path) -> None:
+    """The command draws what it is asked for."""
+    command = [sys.executable, ROOT / "examples" / "trajectories.py", "--optimizers", "Lion", "--output", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["lion.png"] and is_picture(tmp_path / "lion.png")
