@@ -1,0 +1,3 @@
+from collections.abc import Buffer
+
+def xxh64(data: Buffer) -> int: ...
