@@ -25,7 +25,7 @@ import numpy as np
 from pyopt.checks import count
 from pyopt.files import container
 from pyopt.files.container import Array, Container
-from pyopt.files.plain import Encoder, decoded
+from pyopt.files.plain import Encoder, as_dict, decoded
 from pyopt.files.progress import Progress
 from pyopt.files.schedules import committed, staged
 from pyopt.files.sides import Call, Side, kind_of, side_of
@@ -183,10 +183,9 @@ def _commit(
         raise ValueError(f"is of the optimizer {parts['optimizer']}, optimizer is a {side.kind}")
     values = [mapped(name, False) for name in parts["parameters"]]
     calls: list[Call] = side.parameter_writes(values)
-    keys = [decoded(key, mapped) for key, _ in parts["state"]]
-    entries = [decoded(entry, mapped) for _, entry in parts["state"]]
+    state = as_dict([(decoded(key, mapped), decoded(entry, mapped)) for key, entry in parts["state"]])
     groups = [decoded(group, mapped) for group in parts["groups"]]
-    loaded = side.loaded({"state": dict(zip(keys, entries, strict=True)), "param_groups": groups})
+    loaded = side.loaded({"state": state, "param_groups": groups})
     calls += loaded.calls
     for name, value in parts["counters"].items():
         if name in COUNTERS and hasattr(side.optimizer, name):
@@ -280,5 +279,3 @@ def named(path: Path) -> Iterator[None]:
         kind = next(kind for kind in (KeyError, TypeError, ValueError) if isinstance(error, kind))
         message = error.args[0] if len(error.args) == 1 else str(error)
         raise kind(f"{os.fsdecode(path)}: {message}") from None
-    except RecursionError:
-        raise ValueError(f"{os.fsdecode(path)}: is nested too deep") from None

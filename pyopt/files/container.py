@@ -4,7 +4,7 @@
     the header      JSON: "__metadata__", and per array its dtype, shape and place; padded with spaces to 8 bytes
     the data        of the arrays, one after the other without gaps, little-endian, in C order
 
-Of the metadata, all strings: "checksum" is the XXH64 of the header with its own 16 digits as zeros, "format" is "pyopt",
+Of the metadata, all strings: "checksum" is the XXH64 of the header with its own 16 digits as 0, "format" is "pyopt",
 "version" is VERSION, "checksums" has 16 digits per array in the order of their data, and "document" is JSON that says
 what the arrays are (see plain.py). An array of more than PIECE bytes has as checksum the XXH64 of the XXH64s of its
 pieces, 8 bytes little-endian each, so that several threads can compute it.
@@ -232,7 +232,7 @@ class Container:
         self._advise("MADV_WILLNEED", 0, AHEAD)
         for batch, values in zip(batches, in_threads(sums_of, batches), strict=True):
             for part, value in zip(batch, values, strict=True):
-                sums[part.index].sums.append(value)
+                sums[part.array].sums.append(value)
             step(batch[-1].end - batch[0].begin)
         for (name, _), total, digits in zip(self.places.items(), sums, self.sums, strict=True):
             if total.digits() != digits:
@@ -261,7 +261,7 @@ class Container:
 class Part(NamedTuple):
     """A piece of the data: of which array, and where."""
 
-    index: int
+    array: int
     begin: int
     end: int
 

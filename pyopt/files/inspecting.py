@@ -34,14 +34,14 @@ def described(path: Path) -> str:
         for i, group in enumerate(groups):
             options = [f"{key}={_short(value)}" for key, value in group.items() if key not in ("params", "param_names")]
             lines.append(f"group {i}: {', '.join(options)}")
-        rows = [("parameter", "group", "shape", "dtype", "size", "state", "size of state")]
+        rows: list[tuple[str, ...]] = [("parameter", "group", "shape", "dtype", "size", "state", "size of state")]
         of_group = {i: g for g, group in enumerate(groups) for i in _list("params", group.get("params"))}
         for i, name in enumerate(parts["parameters"]):
             data, entry = place(name), state.get(str(i), {})
             arrays = _places(entry)
             rows.append(
                 (
-                    name.removeprefix("parameters."),
+                    _printable(name.removeprefix("parameters.")),
                     str(of_group.get(i, "")),
                     "x".join(map(str, data.shape)) or "()",
                     called(data.dtype),
@@ -64,7 +64,12 @@ def described(path: Path) -> str:
         lines.append(
             f"{len(parts['parameters'])} parameters of {elements} elements; {len(file.places)} arrays of {_size(total)}"
         )
-    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _step(state: dict[str, Any]) -> str:
@@ -116,20 +121,17 @@ def _text(value: Any) -> str:
 
 def _size(n: int) -> str:
     """A number of bytes for people."""
-    size = float(n)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
+    size, units = float(n), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
         size /= 1000
-    else:
-        unit = "TB"
-    return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
+        del units[0]
+    return f"{n} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows in columns; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = (4, 6)
+    right = (1, 4, 6)
     return [
         "  ".join(
             cell.rjust(width) if i in right else cell.ljust(width)

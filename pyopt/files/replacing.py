@@ -62,7 +62,7 @@ def _existing(target: str) -> os.stat_result | None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
     if not stat.S_ISREG(before.st_mode):
         raise OSError(errno.EINVAL, "is a device or pipe, must be a file", target)
-    if not os.access(target, os.W_OK):
+    if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
     return before
 

@@ -35,7 +35,7 @@ def committed(scheduler: Any, twin: Any, optimizer: Any) -> list[Call]:
         if _is_scheduler(before):
             calls += committed(before, value, optimizer)
         elif _are_schedulers(before):
-            for part, its_twin in zip(before, value, strict=True):  # type: ignore[arg-type]
+            for part, its_twin in zip(before, value, strict=True):
                 calls += committed(part, its_twin, optimizer)
         elif before is not optimizer:
             update[name] = value

@@ -134,7 +134,7 @@ def side_of(optimizer: Any) -> Side:
 
 
 def kind_of(instance: Any) -> str:
-    """The class of an optimizer, scheduler or average as the file knows it: that of pyopt or torch behind a subclass."""
+    """How the file calls the class of an optimizer, scheduler or average: by that of pyopt or torch behind it."""
     for cls in type(instance).__mro__:
         if cls.__module__.partition(".")[0] in ("pyopt", "torch"):
             if cls.__name__ in ("Optimizer", "LRScheduler"):  # a class of the user's own
