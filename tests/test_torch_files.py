@@ -347,17 +347,21 @@ def test_tensors_that_cannot_be_saved(value, message, tmp_path):
 
 
 def test_optimizers_that_pyopt_has_not(tmp_path):
-    with pytest.raises(TypeError, match="SparseAdam, must be one of pyopt or pyopt.torch"):
+    with pytest.raises(TypeError, match="SparseAdam, must be one of pyopt or"):
         pyopt.save(tmp_path / "run", torch.optim.SparseAdam([torch.nn.Parameter(torch.ones(2))]))
 
 
 @pytest.mark.parametrize(
-    "turn", [lambda t: t.T, lambda t: t[:, ::2], lambda t: t.to(memory_format=torch.channels_last)]
+    "shape, turn",
+    [
+        ((4, 6), lambda t: t.T),
+        ((4, 6), lambda t: t[:, ::2]),
+        ((2, 3, 4, 5), lambda t: t.to(memory_format=torch.channels_last)),
+    ],
+    ids=["transposed", "strided", "channels last"],
 )
-def test_memory_order(turn, tmp_path):
+def test_memory_order(shape, turn, tmp_path):
     """Parameters of any strides are saved by their elements, and written where they lie."""
-    shape = (2, 3, 4, 5) if "memory_format" in turn.__code__.co_names + turn.__code__.co_varnames else (4, 6)
-    shape = (2, 3, 4, 5) if turn(torch.zeros(2, 4, 3, 3)).is_contiguous(memory_format=torch.channels_last) else (4, 6)
 
     def run(seed):
         torch.manual_seed(seed)

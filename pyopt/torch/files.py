@@ -33,7 +33,8 @@ class TensorSide(Side):
         if core is None:
             raise TypeError(f"optimizer is a {cls.__module__}.{cls.__name__}, must be one of pyopt or pyopt.torch")
         self.core: type[pyopt.Optimizer] = core
-        self.kind = core.__name__
+        # The core may be a variant for tensors of one of pyopt's.
+        self.kind = next(base.__name__ for base in core.__mro__ if getattr(pyopt, base.__name__, None) is base)
         self.numbers = {"step", *core.number_states}
 
     def lock(self) -> AbstractContextManager[Any]:
