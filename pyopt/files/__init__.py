@@ -232,7 +232,7 @@ def _in_pieces(calls: list[Call], release: list[Call]) -> Iterator[Call]:
         for index in container.indices(value.shape, value.itemsize):
             yield (function, target, index, value[index])
             size += min(value.nbytes, container.PIECE)
-            if size >= container.AHEAD:
+            if size >= 4 * container.PIECE:
                 yield from release
                 size = 0
 

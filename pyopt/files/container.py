@@ -33,7 +33,6 @@ Step = Callable[[int], None]  # is told the number of bytes that were done
 
 VERSION = 1
 PIECE = 1 << 22
-AHEAD = 1 << 24  # how far before the reading the system is told of it
 MOST_HEADER = 100_000_000  # the safetensors library reads no more
 # NumPy has no bfloat16: a type of its own stands for it, equal to no other and as good to copy.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
@@ -141,12 +140,17 @@ def write(path: str | os.PathLike[str], document: Any, arrays: Mapping[str, Arra
     with replacing(path) as file:
         file.seek(size)
         sums = []
+        waiting = 0
         for name in names:
             total = Sum()
             for piece in pieces(arrays[name]):
                 put(file, piece)
                 total.add(piece)
                 step(piece.size)
+                waiting += piece.size
+                if waiting >= 4 * PIECE:
+                    begin_flush(file)
+                    waiting = 0
             sums.append(total.digits())
         file.seek(0)
         put(file, header_bytes({**metadata, "checksums": "".join(sums)}, table))
@@ -163,6 +167,17 @@ def header_bytes(metadata: dict[str, str], table: Mapping[str, Any]) -> bytes:
         )
     digits = f"{xxh64(header):016x}".encode()
     return len(header).to_bytes(8, "little") + header[: DIGITS.start] + digits + header[DIGITS.stop :]
+
+
+def begin_flush(file: Any) -> None:
+    """Let the disk begin with what was just written, and the system forget what the disk has.
+
+    Else it waits for the end, and puts all of the file into memory that others could use.
+    """
+    if hasattr(os, "posix_fadvise"):
+        end = file.tell()
+        begin = max(end - 20 * PIECE, 0)
+        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def put(file: Any, data: Any) -> None:
@@ -223,13 +238,11 @@ class Container:
 
         def sums_of(batch: list[Part]) -> list[int]:
             begin, end = batch[0].begin, batch[-1].end
-            self._advise("MADV_WILLNEED", begin + AHEAD, end + AHEAD)
             values = [xxh64(data[part.begin : part.end]) for part in batch]
-            self._advise("MADV_DONTNEED", begin, end)
+            self._give_back(begin, end)
             return values
 
         batches = batched(self.places.values())
-        self._advise("MADV_WILLNEED", 0, AHEAD)
         for batch, values in zip(batches, in_threads(sums_of, batches), strict=True):
             for part, value in zip(batch, values, strict=True):
                 sums[part.array].sums.append(value)
@@ -242,16 +255,12 @@ class Container:
             for name, place in self.places.items()
         }
 
-    def _advise(self, advice: str, begin: int, end: int) -> None:
-        """Tell the system about a part of the data, where it can be told: whole pages within for what is done with."""
-        if not hasattr(mmap, advice):
-            return
-        begin, end = begin + self.start, min(end + self.start, self.size)
+    def _give_back(self, begin: int, end: int) -> None:
+        """The memory of a part of the map that has been read, whole pages of it: it counts as the process's own."""
         page = mmap.PAGESIZE
-        begin = begin // page * page if advice == "MADV_WILLNEED" else -(-begin // page) * page
-        end = end // page * page
-        if begin < end:
-            self.map.madvise(getattr(mmap, advice), begin, end - begin)
+        begin, end = -(-(begin + self.start) // page) * page, (end + self.start) // page * page
+        if hasattr(mmap, "MADV_DONTNEED") and begin < end:
+            self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def release(self) -> list[tuple[Any, ...]]:
         """The call, if there is one, that gives back the memory of what has been read of the map."""
