@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from contextlib import suppress
+from operator import setitem
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ class AverageInTheCommit(Average):
         self._check(sd)
         return [
             (setattr, self, "n_averaged", sd["n_averaged"]),
-            *((np.copyto, a, b) for a, b in zip(self.averages, sd["averages"], strict=True)),
+            *((setitem, a, ..., b) for a, b in zip(self.averages, sd["averages"], strict=True)),
         ]
 
 
@@ -657,6 +658,62 @@ def test_hooks_run(tmp_path):
     pyopt.load(tmp_path / "run", opt)
     assert ran == ["saved", "loaded"]
     assert opt.param_groups[0]["lr"] == 0.25
+
+
+class Interrupted(BaseException):
+    """What the handler of a signal raises, as Ctrl-C does."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file not yet in its `with`
+@pytest.mark.parametrize("kind", [Average, AverageInTheCommit])
+def test_interrupted_load(kind, tmp_path):
+    """By a signal at any moment: all is old, or all is new."""
+
+    def run(value):
+        opt = Adam({"w": np.full(400_000, value, np.float32), "b": np.full(3, value, np.float32)}, lr=value)
+        for p in params_of(opt):
+            opt.state[p] = {"step": int(value), "exp_avg": p.data.copy(), "exp_avg_sq": p.data.copy()}
+        schedule, average = LambdaLR(opt, lambda step: 1.0), kind(opt)
+        schedule.last_epoch = average.n_averaged = int(value)
+        return opt, schedule, average
+
+    def found(opt, schedule, average):
+        params = params_of(opt)
+        values = {schedule.last_epoch, average.n_averaged, opt.param_groups[0]["lr"]}
+        for array in [*(p.data for p in params), *average.averages]:
+            values |= {array.flat[0], array.flat[-1], array.flat[array.size // 2]}
+        for p in params:
+            values |= {opt.state[p]["step"], *(opt.state[p][name].flat[-1] for name in ("exp_avg", "exp_avg_sq"))}
+        return values
+
+    def stop(*_):
+        raise Interrupted
+
+    saved_run = run(2.0)
+    pyopt.save(tmp_path / "run", saved_run[0], schedulers=[saved_run[1]], averages=[saved_run[2]])
+    new = run(1.0)
+    begin = time.perf_counter()
+    pyopt.load(tmp_path / "run", new[0], schedulers=[new[1]], averages=[new[2]])
+    seconds = time.perf_counter() - begin
+    rng = python_random.Random(0)
+    outcomes = []
+    handler = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(60):
+            new = run(1.0)
+            assert found(*new) == {1}
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 1.2 * seconds))
+                pyopt.load(tmp_path / "run", new[0], schedulers=[new[1]], averages=[new[2]])
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                pass
+            outcomes.append(found(*new))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert [outcome for outcome in outcomes if outcome not in ({1}, {2})] == []
+    assert {1} in outcomes
 
 
 # --- damaged files ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from pyopt.files.sides import Call, Side, kind_of, side_of
 
 Path = str | os.PathLike[str]
 
+COUNTERS = ("skipped_steps",)  # attributes of an optimizer, where it has them
+
 
 def save(
     path: Path,
@@ -100,11 +102,8 @@ def save(
             "extra": encoder.encode(extra, "extra"),
         }
         total = sum(array.nbytes for array in encoder.arrays.values())
-        with Progress(f"save {os.path.basename(os.fspath(path))}", total, progress) as bar:
+        with Progress(f"save {os.path.basename(os.fsdecode(path))}", total, progress) as bar:
             container.write(path, document, encoder.arrays, bar.step)
-
-
-COUNTERS = ("skipped_steps",)
 
 
 def _states(what: str, objects: Iterable[Any], encoder: Encoder) -> list[dict[str, Any]]:
@@ -160,7 +159,7 @@ def load(
     schedulers, averages = with_states("schedulers", schedulers), with_states("averages", averages)
     with side.lock(), named(path):
         file = Container(path)
-        with Progress(f"load {os.path.basename(os.fspath(path))}", file.size - file.start, progress) as bar:
+        with Progress(f"load {os.path.basename(os.fsdecode(path))}", file.size - file.start, progress) as bar:
             arrays = file.arrays(bar.step)
         document = file.document
         extra = _commit(file, side, document, arrays, schedulers, averages)
@@ -207,7 +206,7 @@ def _commit(
     try:
         for average, state in zip(averages, states["averages"], strict=True):
             held = decoded(state, lambda name, _: side.borrowed(mapped(name, False)))
-            if hasattr(average, "_load_writes"):  # its checks now, its writes with the others
+            if hasattr(average, "_load_writes"):  # it checks now, and returns calls of functions that are no bytecode
                 calls += average._load_writes(held)
             else:
                 undo.append((average.load_state_dict, deepcopy(average.state_dict())))

@@ -26,16 +26,10 @@ class TensorSide(Side):
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
-        cls = type(optimizer)
-        core = getattr(cls, "_core", None)
-        if core is None and cls.__module__.startswith("torch.optim"):
-            core = getattr(pyopt, cls.__name__, None)
-        if core is None:
-            raise TypeError(f"optimizer is a {cls.__module__}.{cls.__name__}, must be one of pyopt or pyopt.torch")
-        self.core: type[pyopt.Optimizer] = core
+        self.core = core_of(optimizer)
         # The core may be a variant for tensors of one of pyopt's.
-        self.kind = next(base.__name__ for base in core.__mro__ if getattr(pyopt, base.__name__, None) is base)
-        self.numbers = {"step", *core.number_states}
+        self.kind: str = next(base.__name__ for base in self.core.__mro__ if base in vars(pyopt).values())
+        self.numbers = {"step", *self.core.number_states}
 
     def lock(self) -> AbstractContextManager[Any]:
         return workspace_of(self.optimizer) if isinstance(self.optimizer, KernelStepMixin) else nullcontext()
@@ -44,20 +38,19 @@ class TensorSide(Side):
 
     def state_dict(self) -> dict[str, Any]:
         packed = self.optimizer.state_dict()
-        return {
-            "state": {key: self._entry(value) for key, value in packed["state"].items() if value},
-            "param_groups": [_numbers(group) for group in packed["param_groups"]],
-        }
+        state = {key: self._entry(value) for key, value in packed["state"].items()}
+        groups = [_numbers(group) for group in packed["param_groups"]]
+        return {"state": {key: entry for key, entry in state.items() if entry is not None}, "param_groups": groups}
 
     def _entry(self, entry: Any) -> Any:
-        """The state of a parameter with its numbers as Python's."""
+        """The state of a parameter with its numbers as Python's; None where there is nothing in it."""
         if not isinstance(entry, dict):
             return entry
         entry = {name: value for name, value in entry.items() if value is not None}
         numbers = {name: _number(entry[name]) for name in self.numbers & entry.keys()}
         if "step" in numbers:
             numbers["step"] = as_count(numbers["step"], "state 'step'")
-        return {**entry, **numbers}
+        return {**entry, **numbers} or None
 
     def parameters(self) -> list[Array]:
         return [as_array(what, p) for what, p in zip(self._labels(), self._params(), strict=True)]
@@ -79,7 +72,7 @@ class TensorSide(Side):
             for hook in hooks.values():
                 changed = hook(self.optimizer, state_dict)
                 state_dict = state_dict if changed is None else changed
-            entries = {key: self._entry(value) for key, value in state_dict["state"].items()}
+            entries = {key: self._entry(value) or {} for key, value in state_dict["state"].items()}
             state_dict = _within({**state_dict, "state": entries}, torch.Tensor, lambda t: as_array("state", t))
         twin, tensors = self._twin()
         loaded = _state_dict.prepare(twin, state_dict)
@@ -98,7 +91,7 @@ class TensorSide(Side):
 
     def _twin(self) -> tuple[Any, dict[int, torch.Tensor]]:
         """The optimizer as one of arrays in the same memory, for its checks; the tensors of its state by array."""
-        twin: Any = self.core([np.empty((0, 0))])  # type: ignore[call-arg]
+        twin: Any = self.core([np.empty((0, 0))])
         known = {**twin.defaults, **_numbers(self.optimizer.defaults)}
         twin.defaults = {key: known[key] for key in twin.defaults}
         twin.param_groups, twin.state = [], {}
@@ -158,6 +151,17 @@ class TensorSide(Side):
 
     def borrowed(self, array: Array) -> Any:
         return as_tensor(array)
+
+
+def core_of(optimizer: Any) -> Any:
+    """The optimizer on arrays behind one of tensors."""
+    cls = type(optimizer)
+    core = getattr(cls, "_core", None)
+    if core is None and cls.__module__.startswith("torch.optim"):
+        core = vars(pyopt).get(cls.__name__)
+    if core is None:
+        raise TypeError(f"optimizer is a {cls.__module__}.{cls.__name__}, must be one of pyopt or pyopt.torch")
+    return core
 
 
 def as_array(what: str, tensor: torch.Tensor) -> Array:
