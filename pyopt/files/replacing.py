@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,7 +69,7 @@ def _existing(target: str) -> os.stat_result | None:
 def _created(folder: str, prefix: str, target: str) -> tuple[str, int]:
     """A new file beside the target, locked."""
     while True:
-        beside = os.path.join(folder, f"{prefix}{secrets.token_hex(4)}.tmp")
+        beside = os.path.join(folder, f"{prefix}{os.urandom(4).hex()}.tmp")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         try:
             descriptor = os.open(beside, flags, 0o666)
