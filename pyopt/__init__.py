@@ -10,6 +10,8 @@ except ModuleNotFoundError as error:
 from pyopt import lr_scheduler as lr_scheduler
 from pyopt.config import show_config as show_config
 from pyopt.decay import no_decay as no_decay
+from pyopt.files import load as load
+from pyopt.files import save as save
 from pyopt.optimizer import Optimizer as Optimizer
 from pyopt.optimizers.adabelief import AdaBelief as AdaBelief
 from pyopt.optimizers.adadelta import Adadelta as Adadelta

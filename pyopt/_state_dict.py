@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import starmap
 from operator import setitem
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -71,8 +71,26 @@ def plain(value: Any) -> Any:
 # --- into an optimizer ------------------------------------------------------------------------------------------------
 
 
+Write = tuple[Any, Any, Any]  # the arguments of setitem
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint makes of an optimizer, aside; the arrays get their numbers by the writes."""
+
+    groups: list[Group]
+    state: defaultdict[Any, Any]
+    writes: list[Write]
+
+
 def load(optimizer: Optimizer, state_dict: StateDict) -> None:
     """Make the optimizer what the checkpoint says: all checks first, then new dicts aside, then one commit."""
+    loaded = prepare(optimizer, state_dict)
+    writes = [*loaded.writes, *replacements(optimizer, loaded.groups, loaded.state)]
+    deque(starmap(setitem, writes), maxlen=0)  # a single call, in C: no signal can come between two of the writes
+
+
+def prepare(optimizer: Optimizer, state_dict: StateDict) -> Loaded:
+    """What the checkpoint makes of the optimizer, all checks made; nothing has changed yet."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"state_dict has no {key!r}, only {sorted(map(str, state_dict))}")
@@ -82,21 +100,27 @@ def load(optimizer: Optimizer, state_dict: StateDict) -> None:
     reusable = _reusable([p for group in groups for p in group["params"]], entries, live)
     written = memory_ranges(array for array, _ in reusable.values())
     state: defaultdict[Any, Any] = defaultdict(dict, deepcopy(own))
-    writes: list[tuple[Any, Any, Any]] = []
+    writes: list[Write] = []
     for p, entry in entries.items():
         new = state[p] = {}
         for name, value in entry.items():
             if (p, name) in reusable:
                 new[name], _ = reusable[p, name]
-                writes.append((new[name], ..., apart_from(written, value)))
+            elif _is_like(value, p.data):
+                new[name] = np.empty_like(p.data, dtype=value.dtype)
             else:
-                new[name] = _copied(value, p.data)
+                new[name] = deepcopy(value)
+                continue
+            writes.append((new[name], ..., apart_from(written, value)))
+    return Loaded(groups, state, writes)
+
+
+def replacements(optimizer: Any, groups: list[Group], state: Any) -> list[Write]:
+    """The writes that put groups and state in the place of the optimizer's."""
+    holder = vars(optimizer)
     if isinstance(optimizer.param_groups, list):
-        writes.append((optimizer.param_groups, slice(None), groups))
-    else:
-        writes.append((vars(optimizer), "param_groups", groups))
-    writes.append((vars(optimizer), "state", state))
-    deque(starmap(setitem, writes), maxlen=0)  # a single call, in C: no signal can come between two of the writes
+        return [(optimizer.param_groups, slice(None), groups), (holder, "state", state)]
+    return [(holder, "param_groups", groups), (holder, "state", state)]
 
 
 def natural(value: Any) -> Any:
@@ -281,10 +305,6 @@ def _fits(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any], data: np.nda
     )
 
 
-def _copied(value: Any, data: np.ndarray[Any, Any]) -> Any:
-    """A copy of a state entry; in the memory order of the parameter if it has its shape."""
-    if not isinstance(value, np.ndarray) or value.shape != data.shape or value.dtype.hasobject:
-        return deepcopy(value)
-    array = np.empty_like(data, dtype=value.dtype)
-    array[...] = value
-    return array
+def _is_like(value: Any, data: np.ndarray[Any, Any]) -> bool:
+    """Whether a state entry is an array in the shape of the parameter, to be laid out in memory as that is."""
+    return isinstance(value, np.ndarray) and value.shape == data.shape and not value.dtype.hasobject

@@ -136,7 +136,7 @@ class PreparedOptimizer(Optimizer):
 
 def blank(data: Array, shape: tuple[int, ...]) -> Array:
     """An array of a shape and the type of another, in no memory of its own, to compare with."""
-    return np.broadcast_to(data.dtype.type(0), shape)
+    return np.broadcast_to(np.zeros((), data.dtype), shape)
 
 
 def new_array(data: Array, shape: tuple[int, ...]) -> Array:

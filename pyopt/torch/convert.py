@@ -44,7 +44,7 @@ def from_torch(state_dict: StateDict) -> StateDict:
     for index, entry in state_dict["state"].items():
         arrays = {k: _to_numpy(v, f"parameter {index}: state {k!r}") for k, v in entry.items() if v is not None}
         if "step" in arrays:
-            arrays["step"] = _as_count(arrays["step"], f"parameter {index}: state 'step'")
+            arrays["step"] = as_count(arrays["step"], f"parameter {index}: state 'step'")
         if arrays:
             state[index] = arrays
     return {"state": state, "param_groups": groups}
@@ -73,7 +73,8 @@ def _as_number(value: Any) -> Any:
     return _within(value, _as_number)
 
 
-def _as_count(value: Any, what: str) -> int:
+def as_count(value: Any, what: str) -> int:
+    """A step count as an int."""
     number = _as_number(value)
     if number != number // 1:  # nor inf or nan
         raise ValueError(f"{what} is {number}, must be a whole number")

@@ -1,0 +1,148 @@
+"""What saving and loading ask of an optimizer: of one of arrays here, of one of tensors in pyopt/torch/files.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from operator import setitem
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pyopt import _state_dict
+from pyopt.files.container import BFLOAT16, Array
+from pyopt.optimizer import Optimizer
+from pyopt.parameter import check_data, label
+
+Call = tuple[Any, ...]  # a function and its arguments
+
+
+class Loaded(NamedTuple):
+    """What a file makes of an optimizer: its groups, aside, and the calls that commit."""
+
+    groups: list[dict[str, Any]]
+    calls: list[Call]
+
+
+class Side:
+    """An optimizer of arrays."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.kind = kind_of(optimizer)
+
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held against steps of other threads."""
+        return self.optimizer._workspace  # type: ignore[no-any-return]
+
+    # --- save -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, with the live arrays; step counts and other numbers of the state are Python's."""
+        return self.optimizer.state_dict(copy=False)  # type: ignore[no-any-return]
+
+    def parameters(self) -> list[Array]:
+        """The live arrays."""
+        return [p.data for p in self._params()]
+
+    def names(self) -> list[str]:
+        """How the file calls the parameters: by their names, where there are any and they are unique, or numbers."""
+        groups = self.optimizer.param_groups
+        names = [name for group in groups for name in group.get("param_names", ())]
+        names = names or [getattr(p, "name", None) for p in self._params()]
+        usable = len(set(names)) == len(names) == len(self._params()) and all(isinstance(n, str) for n in names)
+        return names if usable else [str(i) for i in range(len(self._params()))]
+
+    def as_array(self, where: str, value: Any) -> Array | None:
+        """A tensor, which may stand in `extra`, as an array."""
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(value, torch.Tensor):
+            return None
+        from pyopt.torch.files import as_array
+
+        return as_array(where, value)
+
+    # --- load -----------------------------------------------------------------------------------------------------
+
+    def parameter_writes(self, values: Sequence[Array]) -> list[Call]:
+        """The calls that write the parameters, all checked."""
+        arrays = self.writable()
+        if len(values) != len(arrays):
+            raise ValueError(f"has {len(values)} parameters, optimizer has {len(arrays)}")
+        for what, array, value in zip(self._labels(), arrays, values, strict=True):
+            if value.dtype != array.dtype:
+                raise TypeError(f"{what} has dtype {called(value.dtype)} in the file, must be {called(array.dtype)}")
+            if value.shape != array.shape:
+                raise ValueError(f"{what} has shape {value.shape} in the file, must be {array.shape}")
+        return [(setitem, array, ..., value) for array, value in zip(arrays, values, strict=True)]
+
+    def writable(self) -> list[Array]:
+        """The live arrays, if they can be written to."""
+        return [check_data(what, p.data) for what, p in zip(self._labels(), self._params(), strict=True)]
+
+    def loaded(self, state_dict: dict[str, Any]) -> Loaded:
+        """All checks of `load_state_dict`, and what it would do."""
+        for hook in self.optimizer._load_state_dict_pre_hooks.values():
+            changed = hook(self.optimizer, state_dict)
+            state_dict = state_dict if changed is None else changed
+        loaded = _state_dict.prepare(self.optimizer, state_dict)
+        writes = [*loaded.writes, *_state_dict.replacements(self.optimizer, loaded.groups, loaded.state)]
+        return Loaded(loaded.groups, [(setitem, *write) for write in writes])
+
+    def last(self, groups: list[dict[str, Any]]) -> list[Call]:
+        """What remains to be done when the schedulers have set lr in the groups."""
+        return []
+
+    def after(self) -> None:
+        """What follows when all is done."""
+        for hook in self.optimizer._load_state_dict_post_hooks.values():
+            hook(self.optimizer)
+
+    def own(self, name: str, array: Array, is_tensor: bool) -> Any:
+        """A copy for the user."""
+        if array.dtype != BFLOAT16:
+            return np.array(array)
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise TypeError(f"{name!r} is bfloat16, which NumPy has not: pip install ml_dtypes") from None
+        return np.array(array).view(ml_dtypes.bfloat16)
+
+    def borrowed(self, array: Array) -> Any:
+        """An array in the mapped file, for something that copies it."""
+        return array
+
+    def _params(self) -> list[Any]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _labels(self) -> list[str]:
+        names = [name for group in self.optimizer.param_groups for name in group.get("param_names", ())]
+        return [f"parameter {n!r}" for n in names] or [label(i, p) for i, p in enumerate(self._params())]
+
+
+def side_of(optimizer: Any) -> Side:
+    """The side of an optimizer."""
+    if isinstance(optimizer, Optimizer):
+        return Side(optimizer)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(optimizer, torch.optim.Optimizer):
+        from pyopt.torch.files import TensorSide
+
+        return TensorSide(optimizer)
+    raise TypeError(f"optimizer is a {type(optimizer).__name__}, must be one of pyopt or pyopt.torch")
+
+
+def kind_of(instance: Any) -> str:
+    """How the file calls the class of an optimizer, scheduler or average: by that of pyopt or torch behind it."""
+    for cls in type(instance).__mro__:
+        if cls.__module__.partition(".")[0] in ("pyopt", "torch"):
+            if cls.__name__ in ("Optimizer", "LRScheduler"):  # a class of the user's own
+                break
+            return cls.__name__
+    return type(instance).__name__
+
+
+def called(dtype: np.dtype[Any]) -> str:
+    """The name of a dtype."""
+    return "bfloat16" if dtype == BFLOAT16 else str(dtype)
