@@ -179,8 +179,7 @@ def test_parameters_in_other_memory_orders(cls: Any, options: Any, kind: str, se
     beside = Beside(attach(opt, kind, settings), kind, **settings)
     for step in range(4):
         for each in (opt, plain):
-            for p in params_of(each):
-                p.grad = np.array(random(p.shape, seed=step))
+            set_gradients(each, seed=step)
             each.step()
         beside.follow(data(opt))
         beside.check()
@@ -538,6 +537,10 @@ def spoiled(saved: Any, **changes: Any) -> Any:
     return {**saved, **changes}
 
 
+def last_average(saved: Any, value: Any) -> Any:
+    return spoiled(saved, averages=[*saved["averages"][:-1], value])
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -685,7 +688,7 @@ def test_interrupted_at_any_call(cls: Any, options: Any, steps: int) -> None:
     opt.step(**ALL)
     shots.append(found(opt, averages))
     counts = [0, 0]
-    for n in itertools.count(1):
+    for n in itertools.count(1, 23 if cls is pyopt.Adafactor else 1):
         opt, averages = made()
         try:
             reached = by_profile(SimpleNamespace(step=lambda: opt.step(**ALL)), n)  # noqa: B023  # called at once
