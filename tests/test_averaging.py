@@ -702,7 +702,7 @@ def test_interrupted_at_any_call(cls: Any, options: Any, steps: int) -> None:
             assert found(opt, averages) == shots[1], f"the step after the interrupted one, at point {n}"
         if not reached:
             break
-    assert counts[0] > 5 and counts[1]
+    assert all(counts)
 
 
 @brief_kinds
@@ -746,7 +746,7 @@ def test_signals() -> None:
     ema = pyopt.averaging.EMA(opt, decay=0.0)
     swa = pyopt.averaging.SWA(opt)
     interrupted = 0
-    end = time.monotonic() + 3
+    end = time.monotonic() + 2
     while time.monotonic() < end:
         steps = swa.n_averaged
         try:
@@ -789,7 +789,7 @@ def test_other_threads_beside_a_step() -> None:
     others = [threading.Thread(target=look) for _ in range(2)]
     for thread in others:
         thread.start()
-    end = time.monotonic() + 2
+    end = time.monotonic() + 1
     steps = 0
     while time.monotonic() < end:
         try:

@@ -677,4 +677,4 @@ def test_interrupted_at_any_call(cls: Any, options: Any, case: str) -> None:
             assert found(opt) == after, f"the step after the interrupted one, at point {n}"
         if not reached:
             break
-    assert counts["before"] > 5 and counts["after"]
+    assert counts["before"] and counts["after"]

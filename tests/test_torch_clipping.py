@@ -1,4 +1,4 @@
-"""Norms and clipping of gradients on tensors: torch's to rounding, in the NumPy side's bits; the rest is torch's own."""
+"""Norms and clipping of gradients on tensors: torch's to rounding, the NumPy side's in bits, else torch's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_extras import as_array, raw
 from torch_or_skip import DTYPES, both_dtypes, new, optim, outcome, torch
 
 NAMES = ["get_total_norm", "clip_grad_norm_", "clip_grads_with_norm_", "clip_grad_value_"]
-RTOL = {torch.float32: 1e-5, torch.float64: 1e-12}
+RTOL = {torch.float32: 1e-4, torch.float64: 1e-12}
 of_any_norm = pytest.mark.parametrize("norm_type", NORMS)
 
 
@@ -30,6 +30,11 @@ def spread_tensors(dtype: Any) -> list[Any]:
     return [torch.from_numpy(spread(n, str(dtype).split(".")[1], n)) for n in SIZES]
 
 
+def not_empty(tensors: list[Any]) -> list[Any]:
+    """torch has no maximum of an empty tensor."""
+    return [t for t in tensors if t.numel()]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_signatures_are_torchs(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(m, name)).parameters for m in (optim, torch.nn.utils))
@@ -42,7 +47,8 @@ def test_signatures_are_torchs(name: str) -> None:
 def test_norms(norm_type: float, dtype: Any) -> None:
     """A tensor without axes; torch's to the rounding of its own, and the number of the NumPy side."""
     tensors = spread_tensors(dtype)
-    found, expected = (m.get_total_norm(tensors, norm_type) for m in (optim, torch.nn.utils))
+    found = optim.get_total_norm(tensors, norm_type)
+    expected = torch.nn.utils.get_total_norm(not_empty(tensors), norm_type)
     assert isinstance(found, torch.Tensor) and found.shape == ()
     rtol = RTOL[dtype] * (100 if norm_type == 0.5 and dtype == torch.float32 else 1)
     torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=0)
@@ -58,7 +64,7 @@ def test_clipping(norm_type: float, dtype: Any, max_norm: float) -> None:
     sides = [with_gradients(*spread_tensors(dtype)) for _ in range(3)]
     before = [p.grad for p in sides[0]]
     norm = optim.clip_grad_norm_(sides[0], max_norm, norm_type)
-    expected = torch.nn.utils.clip_grad_norm_(sides[1], max_norm, norm_type)
+    expected = torch.nn.utils.clip_grad_norm_(not_empty(sides[1]), max_norm, norm_type)
     on_arrays = pyopt.clip_grad_norm_([p.grad.numpy() for p in sides[2]], max_norm, norm_type)
     assert norm.shape == () and norm.item() == pytest.approx(on_arrays, rel=torch.finfo(norm.dtype).eps)
     assert norm.item() == pytest.approx(expected.item(), rel=1e-3 if dtype == torch.float32 else 1e-12)
@@ -174,6 +180,7 @@ def test_sparse_gradients_are_torchs() -> None:
     assert results[0] == results[1] or (results[0][0], results[1][0]) == (NotImplementedError,) * 2
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True:UserWarning")
 def test_gradients_with_history() -> None:
     """As of a double backward: clipped in place, and the graph notices."""
     results = []

