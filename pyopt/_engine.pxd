@@ -26,6 +26,7 @@ cdef enum:
     ROW_COST = 64  # what a tensor costs beyond its elements, in elements
     BLOCK = 1024  # elements that are summed together, counted from the start of the tensor
     SUMS = 2  # quantities that a rule sums
+    AVERAGES = 4  # of each parameter, at most
 
 
 cdef struct Kernel:  # what runs for a rule
@@ -37,13 +38,21 @@ cdef struct Kernel:  # what runs for a rule
     bint joint  # the sums go over all tensors of the step, not over each by itself
 
 
+cdef struct Averaged:  # an average of one tensor
+    void *data
+    double weight  # how far it moves towards the tensor
+
+
 cdef struct Work:  # one tensor of one step
     Py_ssize_t start  # the cost of all tensors before it, in elements
     Py_ssize_t size
     Py_ssize_t slot  # which of the step's sets of numbers
+    Py_ssize_t row  # which of the step's parameters
     Py_ssize_t block  # the number of blocks before it, where there are sums
     bint is_double
+    bint clears  # fills its gradient with zeros when it has been used
     void *stream[2 + STATES]
+    const Averaged *averaged  # the averages of the parameter, where there are extras
 
 
 cdef struct Numbers:  # of one step of some tensors; of one tensor alone where its rule needs sums
@@ -51,8 +60,15 @@ cdef struct Numbers:  # of one step of some tensors; of one tensor alone where i
     double value[SCALARS]
 
 
+cdef struct Extras:  # what a sweep does beside the rules
+    int averages
+    const Kernel *kernel  # of an average and the tensor
+
+
 cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil
-cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums) noexcept nogil
+cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums,
+                const Extras *extras) noexcept nogil
+cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm, double *sums) noexcept nogil
 
 # A piece of work of another kind than a span, by its number.
 ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil
@@ -70,3 +86,8 @@ cdef class Rule:
     @staticmethod
     cdef Rule make(str name, tuple states, Span32 span32, Span64 span64, Pack pack)
     cdef Rule after_sums(self, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint=*)
+
+
+cdef class Outcome:
+    cdef int carry_out(self) except -1
+    cdef int undo(self) except -1

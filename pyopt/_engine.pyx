@@ -41,6 +41,18 @@ cdef class Rule:
         return self.kernel.finish != NULL
 
 
+cdef class Outcome:
+    """What a step that is written in Python has prepared, or done."""
+
+    cdef int carry_out(self) except -1:
+        """Write what was prepared."""
+        return 0
+
+    cdef int undo(self) except -1:
+        """Put back what was done."""
+        return 0
+
+
 # --- the sweep --------------------------------------------------------------------------------------------------------
 
 cdef enum:
@@ -51,7 +63,9 @@ cdef struct Pass:  # one region: a step, or the sums before it
     const Work *work
     Py_ssize_t count
     const Numbers *numbers
+    const Numbers *norm  # what sums all gradients, NULL for the sums that rules ask for
     double *sums  # SUMS for each block; NULL for a step
+    const Extras *extras
     Py_ssize_t cost
     int parts
     bint flush
@@ -88,6 +102,28 @@ cdef void run(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numb
             k.reduce32(f[0], f[1], f[2], f[3], f[4], f[5], n, h, sums)
 
 
+cdef void run_with_extras(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Numbers *numbers,
+                          const Extras *extras) noexcept nogil:
+    """The rule and all that rides along, on one block after the other, which stays in the cache meanwhile."""
+    cdef Py_ssize_t size = 8 if w.is_double else 4, n
+    cdef Work beside
+    cdef Numbers weight
+    cdef int j
+    memset(&beside, 0, sizeof(Work))
+    beside.is_double = w.is_double
+    beside.stream[1] = w.stream[0]
+    weight.kernel = extras.kernel
+    while begin < end:
+        n = min(<Py_ssize_t>BLOCK, end - begin)
+        run(w, begin, n, numbers, NULL)
+        for j in range(extras.averages):
+            beside.stream[0], weight.value[0] = w.averaged[j].data, w.averaged[j].weight
+            run(&beside, begin, n, &weight, NULL)
+        if w.clears:
+            memset(<char *>w.stream[1] + begin * size, 0, n * size)
+        begin += n
+
+
 cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """All work between two costs."""
     cdef Py_ssize_t low = 0, high = a.count, line = LINE if a.sums == NULL else BLOCK, k, i, first, last
@@ -106,10 +142,12 @@ cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nog
         first, last = cut(w, begin, line), cut(w, end, line)
         if first >= last:
             continue
-        numbers = &a.numbers[w.slot]
-        if a.sums == NULL:
+        numbers = &a.numbers[w.slot] if a.norm == NULL else a.norm
+        if a.extras != NULL:
+            run_with_extras(w, first, last, numbers, a.extras)
+        elif a.sums == NULL:
             run(w, first, last - first, numbers, NULL)
-        elif numbers.kernel.finish != NULL:
+        elif a.norm != NULL and w.stream[1] != NULL or numbers.kernel.finish != NULL:
             i = first
             while i < last:
                 run(w, i, min(<Py_ssize_t>BLOCK, last - i), numbers, &a.sums[SUMS * (w.block + i // BLOCK)])
@@ -159,22 +197,38 @@ cdef void finish(const Pass *a, Numbers *numbers) noexcept nogil:
     set_float_mode(mode)
 
 
-cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums) noexcept nogil:
-    """Run the rules of all work; sums, room for SUMS of each block, is NULL where no rule has any."""
-    global used
+cdef Pass pass_over(const Work *work, Py_ssize_t count) noexcept nogil:
+    """One region over all work, on as many threads as pay."""
     cdef Pass a
-    cdef int threads
-    a.work, a.count, a.numbers, a.sums, a.flush = work, count, numbers, sums, flush_denormals
+    memset(&a, 0, sizeof(Pass))
+    a.work, a.count, a.flush = work, count, flush_denormals
     a.cost = work[count - 1].start + work[count - 1].size + ROW_COST if count else 0
-    threads = threads_for(a.cost)
-    if threads > 1 and startable(threads) < threads:
-        threads = 1  # libgomp would end the process: this step does without
-    a.parts = threads
+    a.parts = threads_for(a.cost)
+    if a.parts > 1 and startable(a.parts) < a.parts:
+        a.parts = 1  # libgomp would end the process: this step does without
+    return a
+
+
+cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums,
+                const Extras *extras) noexcept nogil:
+    """Run the rules of all work; sums, room for SUMS of each block, is NULL where no rule has any, as are extras."""
+    global used
+    cdef Pass a = pass_over(work, count)
+    a.numbers = numbers
     if sums != NULL:
+        a.sums = sums
         sweep_on(&a)
         finish(&a, numbers)
         a.sums = NULL
+    a.extras = extras
     used = sweep_on(&a)
+
+
+cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm, double *sums) noexcept nogil:
+    """Sums of a norm over the gradients of all work, which has its blocks numbered, into sums[SUMS * block]."""
+    cdef Pass a = pass_over(work, count)
+    a.norm, a.sums = norm, sums
+    sweep_on(&a)
 
 
 cdef int sweep_on(const Pass *a) noexcept nogil:

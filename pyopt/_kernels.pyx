@@ -3,6 +3,7 @@
 # Every condition of a rule is constant over a span, so the compiler makes one vectorised loop per combination of
 # options; tests/test_object_code.py holds it to that.
 
+from libc.math cimport isinf, pow
 from libc.string cimport memset
 
 from pyopt cimport _rules as rules
@@ -33,6 +34,9 @@ ctypedef fused Numbers:  # of each rule: their struct says which one it is
     rules.LARS
     rules.LAMB
     rules.Prodigy
+    rules.Average
+    rules.Scale
+    rules.Clamp
     rules.Interpolation
     rules.Muon
     rules.Adafactor
@@ -95,6 +99,12 @@ cdef void span(floating *restrict p, const floating *restrict g, floating *restr
             p[i] = rules.lamb(p[i], s[i], t[i], &h)
         elif Numbers is rules.Prodigy:
             p[i] = rules.prodigy(p[i], s[i], t[i], &h)
+        elif Numbers is rules.Average:
+            p[i] = rules.average(p[i], g[i], &h)
+        elif Numbers is rules.Scale:
+            p[i] = rules.scale(p[i], &h)
+        elif Numbers is rules.Clamp:
+            p[i] = rules.clamp(p[i], &h)
         elif Numbers is rules.Interpolation:
             p[i] = rules.interpolation(p[i], g[i], &h)
         elif Numbers is rules.Muon:
@@ -191,6 +201,85 @@ cdef Rule summing_rule(str name, tuple states, const Summing *_, bint joint=Fals
     )
 
 
+# --- no rules ---------------------------------------------------------------------------------------------------------
+
+cdef void exchange_span(floating *restrict p, const floating *restrict g, floating *restrict _1, floating *restrict _2,
+                        floating *restrict _3, floating *restrict _4, Py_ssize_t n, const void *_5) noexcept nogil:
+    """An average in p and its parameter, which here is written too, change places."""
+    cdef floating *restrict q = <floating *>g
+    cdef floating x
+    cdef Py_ssize_t i
+    for i in range(n):
+        x = p[i]
+        p[i] = q[i]
+        q[i] = x
+
+
+cdef void nothing_span(floating *restrict _0, const floating *restrict _1, floating *restrict _2, floating *restrict _3,
+                       floating *restrict _4, floating *restrict _5, Py_ssize_t n, const void *_6) noexcept nogil:
+    pass
+
+
+cdef int pack_nothing(dict scalars, void *out) except -1:
+    return 0
+
+
+cdef inline double square(floating x) noexcept nogil:
+    return <double>x * <double>x
+
+
+cdef void fold_squares(double *restrict x, const floating *restrict g, Py_ssize_t n) noexcept nogil:
+    """`fold_thrice` of squares."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = (((square(g[i]) + square(g[i + 4 * n])) + (square(g[i + 2 * n]) + square(g[i + 6 * n])))
+                + ((square(g[i + n]) + square(g[i + 5 * n])) + (square(g[i + 3 * n]) + square(g[i + 7 * n]))))
+
+
+cdef void norm_sums(floating *restrict _0, const floating *restrict g, floating *restrict _1, floating *restrict _2,
+                    floating *restrict _3, floating *restrict _4, Py_ssize_t n, const rules.Norm *numbers,
+                    double *sums) noexcept nogil:
+    """The sum of (|g| * scale)**power, the largest |g| for inf."""
+    cdef rules.Norm h = numbers[0]
+    cdef double x[BLOCK]
+    cdef floating most[LANES]
+    cdef Py_ssize_t i, j
+    if isinf(h.power):
+        memset(most, 0, sizeof(most))
+        i = 0
+        while i < n:
+            for j in range(min(<Py_ssize_t>LANES, n - i)):
+                most[j] = rules.larger(most[j], rules.magnitude(g[i + j]))
+            i += LANES
+        for j in range(1, LANES):
+            most[0] = rules.larger(most[0], most[j])
+        sums[0] = most[0]
+        return
+    if h.power == 2 and h.scale == 1:
+        fold_squares(x, g, n // 8)  # a round of folding without the way through memory
+        for i in range(n % 8):
+            x[n // 8 + i] = square(g[n - n % 8 + i])
+        n = n // 8 + n % 8
+    elif h.power == 1 and h.scale == 1:
+        for i in range(n):
+            x[i] = rules.magnitude(g[i])
+    else:
+        for i in range(n):
+            x[i] = pow(rules.magnitude(g[i]) * h.scale, h.power)
+    sums[0] = folded(x, n)
+
+
+cdef int pack_norm(dict scalars, rules.Norm *numbers) except -1:
+    numbers[0] = scalars
+    return 0
+
+
+exchange = Rule.make("exchange", (), exchange_span[float], exchange_span[double], pack_nothing)
+nothing = Rule.make("nothing", (), nothing_span[float], nothing_span[double], pack_nothing)
+norm = Rule.make("norm", (), nothing_span[float], nothing_span[double], <Pack>pack_norm).after_sums(
+    <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL)
+
+
 # --- the table: each rule's name and the names of its states ----------------------------------------------------------
 
 sgd = rule("sgd", ("momentum_buffer",), <rules.SGD *>NULL)
@@ -216,6 +305,9 @@ adam_scaled = summing_rule("adam_scaled", ("exp_avg", "exp_avg_sq", "max_exp_avg
 lars = summing_rule("lars", ("momentum_buffer",), <rules.LARS *>NULL)
 lamb = summing_rule("lamb", ("exp_avg", "exp_avg_sq"), <rules.LAMB *>NULL)
 prodigy = summing_rule("prodigy", ("exp_avg", "exp_avg_sq", "s", "p0"), <rules.Prodigy *>NULL, joint=True)
+average = rule("average", (), <rules.Average *>NULL)
+scale = rule("scale", (), <rules.Scale *>NULL)
+clamp = rule("clamp", (), <rules.Clamp *>NULL)
 interpolation = rule("interpolation", (), <rules.Interpolation *>NULL)
 muon = rule("muon", ("momentum_buffer", "direction"), <rules.Muon *>NULL)
 adafactor = rule("adafactor", ("variance",), <rules.Adafactor *>NULL)

@@ -1,6 +1,6 @@
 # Steps that need numbers of a whole matrix first: passes over tiles, and what is written when all is known.
 
-from pyopt._engine cimport Numbers, Work
+from pyopt._engine cimport Numbers, Outcome, Work
 
 
 cdef enum:
@@ -54,7 +54,7 @@ cdef class Pass:
     cdef Pass make(Tile32 tile32, Tile64 tile64)
 
 
-cdef class Writes:
+cdef class Writes(Outcome):
     """What a step writes, computed aside, to be written at once."""
     cdef list held  # the objects whose memory is read and written
     cdef list entries  # (entry of the state, its new items, what it was)

@@ -2,7 +2,7 @@ from typing import Any
 
 import numpy as np
 
-from pyopt._engine import Rule
+from pyopt._engine import Outcome, Rule
 
 Array = np.ndarray[Any, Any]
 
@@ -17,7 +17,7 @@ class MatrixJob:
     def total(self, each: Pass) -> float: ...
     def set_factors(self, row_factors: Array, column_factors: Array, most: float) -> None: ...
 
-class Writes:
+class Writes(Outcome):
     def add_rule(self, rule: Rule, scalars: dict[str, float], p: Array, g: Array, *states: Array | None) -> None: ...
     def add_update(self, update: Pass, job: MatrixJob, step_size: float, decay_factor: float) -> None: ...
     def add_copy(self, array: Array, numbers: Array) -> None: ...

@@ -104,7 +104,7 @@ cdef int fill_work(Work *w, Numbers *numbers, Rule rule, dict scalars, p, g) exc
     return rule.pack(scalars, numbers.value)
 
 
-cdef class Writes:
+cdef class Writes(Outcome):
     """What a step writes, collected by methods that can fail and change nothing, and written by one that cannot.
 
     Arrays are dense and writable, those of one call of one type, shape and memory order: not checked here.
@@ -180,8 +180,11 @@ cdef class Writes:
                 run_pass(&job.matrices, each.tile32, each.tile64)
         if self.n_work:
             with nogil:
-                sweep(self.work, self.n_work, self.numbers, NULL)
+                sweep(self.work, self.n_work, self.numbers, NULL, NULL)
         return 0
+
+    cdef int carry_out(self) except -1:
+        return self.write()
 
     def apply(self):
         """`write`, for who is in no step."""
@@ -204,7 +207,7 @@ def apply_rule(Rule rule, dict scalars, p, g):
     memset(&w, 0, sizeof(w))
     fill_work(&w, &numbers, rule, scalars, p, g)
     with nogil:
-        sweep(&w, 1, &numbers, NULL)
+        sweep(&w, 1, &numbers, NULL, NULL)
 
 
 def dot(Pass product, x, y):

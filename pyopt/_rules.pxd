@@ -62,11 +62,11 @@ cdef inline floating l2(floating g, floating p, double weight_decay) noexcept no
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
-# gradient_factor is -1 to maximize, times 1 / loss scale. decay_factor is 1 - lr * weight_decay where the decay is
-# decoupled, else 1. weight = 1 - beta, by the number of the beta.
+# gradient_factor, the first number of each, is -1 to maximize, times 1 / loss scale, times what clips the norm.
+# decay_factor is 1 - lr * weight_decay where the decay is decoupled, else 1. weight = 1 - beta, by the beta's number.
 
 ctypedef struct SGD:
-    double lr, momentum, one_minus_dampening, weight_decay, gradient_factor
+    double gradient_factor, lr, momentum, one_minus_dampening, weight_decay
     bint nesterov, first
 
 cdef inline floating sgd(floating p, floating g, floating* b, const SGD* h) noexcept nogil:
@@ -78,7 +78,7 @@ cdef inline floating sgd(floating p, floating g, floating* b, const SGD* h) noex
 
 
 ctypedef struct Lion:
-    double lr, beta1, weight1, weight2, beta2, decay_factor, gradient_factor
+    double gradient_factor, lr, beta1, weight1, weight2, beta2, decay_factor
 
 cdef inline floating lion(floating p, floating g, floating* m, const Lion* h) noexcept nogil:
     g = <floating>h.gradient_factor * g
@@ -88,7 +88,7 @@ cdef inline floating lion(floating p, floating g, floating* m, const Lion* h) no
 
 
 ctypedef struct Adagrad:
-    double lr, weight_decay, eps, gradient_factor
+    double gradient_factor, lr, weight_decay, eps
 
 cdef inline floating adagrad(floating p, floating g, floating* s, const Adagrad* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
@@ -97,7 +97,7 @@ cdef inline floating adagrad(floating p, floating g, floating* s, const Adagrad*
 
 
 ctypedef struct ASGD:
-    double step_size, weight, weight_decay, decay_factor, gradient_factor  # decay_factor = 1 - lambd * eta
+    double gradient_factor, step_size, weight, weight_decay, decay_factor  # decay_factor = 1 - lambd * eta
     bint averages  # whether the weight, mu, is not 1
 
 cdef inline floating asgd(floating p, floating g, floating* ax, const ASGD* h) noexcept nogil:
@@ -108,7 +108,7 @@ cdef inline floating asgd(floating p, floating g, floating* ax, const ASGD* h) n
 
 
 ctypedef struct Rprop:
-    double eta_minus, eta_plus, smallest, largest, gradient_factor
+    double gradient_factor, eta_minus, eta_plus, smallest, largest
 
 cdef inline floating rprop(floating p, floating g, floating* previous, floating* step_size,
                            const Rprop* h) noexcept nogil:
@@ -125,7 +125,7 @@ cdef inline floating rprop(floating p, floating g, floating* previous, floating*
 
 
 ctypedef struct Adadelta:
-    double lr, rho, weight, eps, weight_decay, gradient_factor  # weight = 1 - rho
+    double gradient_factor, lr, rho, weight, eps, weight_decay  # weight = 1 - rho
 
 cdef inline floating adadelta(floating p, floating g, floating* s, floating* a, const Adadelta* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
@@ -136,7 +136,7 @@ cdef inline floating adadelta(floating p, floating g, floating* s, floating* a, 
 
 
 ctypedef struct RMSprop:
-    double lr, alpha, weight, momentum, weight_decay, eps, gradient_factor  # weight = 1 - alpha
+    double gradient_factor, lr, alpha, weight, momentum, weight_decay, eps  # weight = 1 - alpha
     bint centered
 
 cdef inline floating rmsprop(floating p, floating g, floating* s, floating* b, floating* a,
@@ -157,7 +157,7 @@ cdef inline floating rmsprop(floating p, floating g, floating* s, floating* b, f
 # Of the rules below, step_size = lr / (1 - beta1**t) and bias_correction = 1 - beta**t, by the number of the beta.
 
 ctypedef struct Adamax:
-    double step_size, weight1, beta2, eps, weight_decay, gradient_factor
+    double gradient_factor, step_size, weight1, beta2, eps, weight_decay
 
 cdef inline floating adamax(floating p, floating g, floating* m, floating* u, const Adamax* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
@@ -167,8 +167,8 @@ cdef inline floating adamax(floating p, floating g, floating* m, floating* u, co
 
 
 ctypedef struct Adam:
-    double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
-    double gradient_factor
+    double gradient_factor, step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
+    double decay_factor
     bint amsgrad
 
 cdef inline floating adam(floating p, floating g, floating* m, floating* v, floating* v_max,
@@ -184,8 +184,8 @@ cdef inline floating adam(floating p, floating g, floating* m, floating* v, floa
 
 
 ctypedef struct AdaBelief:
-    double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
-    double gradient_factor
+    double gradient_factor, step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
+    double decay_factor
 
 cdef inline floating adabelief(floating p, floating g, floating* m, floating* s, const AdaBelief* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
@@ -196,7 +196,7 @@ cdef inline floating adabelief(floating p, floating g, floating* m, floating* s,
 
 
 ctypedef struct RAdam:
-    double step_size, weight1, beta2, weight2, eps, weight_decay, decay_factor, gradient_factor
+    double gradient_factor, step_size, weight1, beta2, weight2, eps, weight_decay, decay_factor
     bint rectified  # step_size holds the rectification too
 
 cdef inline floating radam(floating p, floating g, floating* m, floating* v, const RAdam* h) noexcept nogil:
@@ -210,8 +210,8 @@ cdef inline floating radam(floating p, floating g, floating* m, floating* v, con
 
 
 ctypedef struct NAdam:
-    double gradient_step_size, step_size, weight1, beta2, weight2, inverse_bias_correction2, eps, weight_decay
-    double decay_factor, gradient_factor
+    double gradient_factor, gradient_step_size, step_size, weight1, beta2, weight2, inverse_bias_correction2, eps
+    double weight_decay, decay_factor
 
 cdef inline floating nadam(floating p, floating g, floating* m, floating* v, const NAdam* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
@@ -223,7 +223,7 @@ cdef inline floating nadam(floating p, floating g, floating* m, floating* v, con
 
 
 ctypedef struct ADOPT:
-    double lr, weight1, beta2, weight2, eps, clip, weight_decay, decay_factor, gradient_factor
+    double gradient_factor, lr, weight1, beta2, weight2, eps, clip, weight_decay, decay_factor
     bint first
 
 cdef inline floating adopt(floating p, floating g, floating* m, floating* v, const ADOPT* h) noexcept nogil:
@@ -241,8 +241,8 @@ cdef inline floating adopt(floating p, floating g, floating* m, floating* v, con
 
 
 ctypedef struct AdEMAMix:
-    double step_size, slow_step_size, weight1, beta2, weight2, weight3, inverse_sqrt_bias_correction2, eps
-    double decay_factor, gradient_factor
+    double gradient_factor, step_size, slow_step_size, weight1, beta2, weight2, weight3, inverse_sqrt_bias_correction2
+    double eps, decay_factor
 
 cdef inline floating ademamix(floating p, floating g, floating* m1, floating* m2, floating* v,
                               const AdEMAMix* h) noexcept nogil:
@@ -256,8 +256,8 @@ cdef inline floating ademamix(floating p, floating g, floating* m1, floating* m2
 
 
 ctypedef struct Adan:
-    double step_size, difference_step_size, weight1, beta2, weight2, beta3, weight3, inverse_sqrt_bias_correction3
-    double eps, decay_factor, gradient_factor  # decay_factor = 1 / (1 + lr * weight_decay)
+    double gradient_factor, step_size, difference_step_size, weight1, beta2, weight2, beta3, weight3
+    double inverse_sqrt_bias_correction3, eps, decay_factor  # decay_factor = 1 / (1 + lr * weight_decay)
     bint first
 
 cdef inline floating adan(floating p, floating g, floating* m, floating* u, floating* n, floating* previous,
@@ -274,7 +274,7 @@ cdef inline floating adan(floating p, floating g, floating* m, floating* u, floa
 
 
 ctypedef struct FTRL:
-    double inverse_lr, l1, ridge, gradient_factor  # ridge = beta / lr + l2
+    double gradient_factor, inverse_lr, l1, ridge  # ridge = beta / lr + l2
 
 cdef inline floating ftrl(floating p, floating g, floating* z, floating* n, const FTRL* h) noexcept nogil:
     g = <floating>h.gradient_factor * g
@@ -290,7 +290,7 @@ cdef inline floating ftrl(floating p, floating g, floating* z, floating* n, cons
 # lr * (beta * (1 - c) - 1), c the weight of this step in the average.
 
 ctypedef struct SGDScheduleFree:
-    double lr, y_step_size, c, weight_decay, gradient_factor
+    double gradient_factor, lr, y_step_size, c, weight_decay
     bint first
 
 cdef inline floating sgd_schedule_free(floating p, floating g, floating* z,
@@ -302,7 +302,7 @@ cdef inline floating sgd_schedule_free(floating p, floating g, floating* z,
 
 
 ctypedef struct AdamWScheduleFree:
-    double lr, y_step_size, c, beta2, weight2, inverse_bias_correction2, eps, weight_decay, gradient_factor
+    double gradient_factor, lr, y_step_size, c, beta2, weight2, inverse_bias_correction2, eps, weight_decay
     bint first
 
 cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, floating* v,
@@ -322,8 +322,8 @@ cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, fl
 
 # The rule of Adam, its step clipped by the root mean square of g / sqrt(v), or masked where it goes against g.
 ctypedef struct AdamScaled:
-    double step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay, decay_factor
-    double gradient_factor, mask_factor
+    double gradient_factor, step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
+    double decay_factor, mask_factor
     bint amsgrad, update_clip, cautious
 
 cdef inline void adam_scaled_terms(floating p, floating g, floating* m, floating* v, floating* v_max, double* x,
@@ -359,7 +359,7 @@ cdef inline floating adam_scaled(floating p, floating g, floating* m, floating* 
 
 
 ctypedef struct LARS:
-    double lr, momentum, weight_decay, trust_coefficient, gradient_factor
+    double gradient_factor, lr, momentum, weight_decay, trust_coefficient
     bint nesterov, trust_ratio
 
 cdef inline void lars_terms(floating p, floating g, double* x, double* y, const LARS* h) noexcept nogil:
@@ -381,8 +381,8 @@ cdef inline floating lars(floating p, floating g, floating* b, const LARS* h) no
 
 
 ctypedef struct LAMB:
-    double lr, inverse_bias_correction1, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
-    double gradient_factor
+    double gradient_factor, lr, inverse_bias_correction1, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps
+    double weight_decay
     bint trust_ratio
 
 cdef inline floating lamb_direction(floating p, floating m, floating v, const LAMB* h) noexcept nogil:
@@ -409,8 +409,8 @@ cdef inline floating lamb(floating p, floating m, floating v, const LAMB* h) noe
 # The first two are kept from step to step; the sums are joint, so that they stay the same for all. Until the sums are
 # known d is that of the last step: all factors of g stand for it.
 ctypedef struct Prodigy:
-    double d, d_numerator, step_size, beta1, weight1, beta2, weight2, beta3, weight3, numerator_weight, d_coef, eps
-    double weight_decay, decay_factor, gradient_factor
+    double gradient_factor, d, d_numerator, step_size, beta1, weight1, beta2, weight2, beta3, weight3
+    double numerator_weight, d_coef, eps, weight_decay, decay_factor
     bint first
 
 cdef inline void prodigy_terms(floating p, floating g, floating* m, floating* v, floating* s, floating* p0, double* x,
@@ -436,9 +436,37 @@ cdef inline floating prodigy(floating p, floating m, floating v, const Prodigy* 
 
 # --- no optimizers ----------------------------------------------------------------------------------------------------
 
+# The average of a parameter: the stream in the parameter's place, which comes in the gradient's.
+ctypedef struct Average:
+    double weight
+
+cdef inline floating average(floating a, floating p, const Average* h) noexcept nogil:
+    return lerp(a, p, h.weight)
+
+
+ctypedef struct Scale:
+    double factor
+
+cdef inline floating scale(floating g, const Scale* h) noexcept nogil:
+    return g * <floating>h.factor
+
+
+ctypedef struct Clamp:
+    double most
+
+cdef inline floating clamp(floating g, const Clamp* h) noexcept nogil:
+    """Between -most and most; NaN stays."""
+    cdef floating most = <floating>h.most
+    g = most if g > most else g
+    return -most if g < -most else g
+
+
+ctypedef struct Norm:
+    double power, scale
+
 # The passage between y and x: p moved along the line through z, which comes in the place of the gradient.
 ctypedef struct Interpolation:
-    double weight, gradient_factor
+    double gradient_factor, weight
 
 cdef inline floating interpolation(floating p, floating z, const Interpolation* h) noexcept nogil:
     return p + <floating>h.weight * (<floating>h.gradient_factor * z - p)
@@ -449,7 +477,7 @@ cdef inline floating interpolation(floating p, floating z, const Interpolation* 
 
 # u is the orthogonalized direction; m moves after it has been made.
 ctypedef struct Muon:
-    double step_size, weight, decay_factor, gradient_factor  # weight = 1 - momentum
+    double gradient_factor, step_size, weight, decay_factor  # weight = 1 - momentum
 
 cdef inline floating muon(floating p, floating g, floating* m, floating u, const Muon* h) noexcept nogil:
     m[0] = lerp(m[0], <floating>h.gradient_factor * g, h.weight)
@@ -458,7 +486,7 @@ cdef inline floating muon(floating p, floating g, floating* m, floating u, const
 
 # most = 1 / eps, the bound of 1 / sqrt(v); step_size holds the clipping of the update.
 ctypedef struct Adafactor:
-    double step_size, weight, most, decay_factor, gradient_factor  # weight = t**beta2_decay
+    double gradient_factor, step_size, weight, most, decay_factor  # weight = t**beta2_decay
 
 cdef inline floating adafactor(floating p, floating g, floating* v, const Adafactor* h) noexcept nogil:
     g = <floating>h.gradient_factor * g
