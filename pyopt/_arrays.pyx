@@ -6,12 +6,15 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
-from pyopt._engine cimport STATES, Work
+from pyopt._engine cimport STATES, Averaged, Outcome, Work
+from pyopt._norms cimport Batch
 from pyopt._numpy_arrays cimport (
     NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS,
     PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
 )
-from pyopt._step cimport IDLE, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape
+from pyopt._step cimport (
+    FILL, IDLE, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
+)
 
 from copy import deepcopy
 
@@ -20,7 +23,9 @@ from numpy import ndarray
 from numpy.ma import MaskedArray
 
 from pyopt.checks import count as check_count
-from pyopt.parameter import Parameter, check_data, check_gradient, check_no_overlap, check_state, label
+from pyopt.parameter import (
+    Parameter, check_data, check_gradient, check_no_overlap, check_state, check_state_values, label, overlaps_itself,
+)
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
@@ -28,6 +33,7 @@ cdef extern from "Python.h":
 cdef object array_type = ndarray
 cdef object masked_type = MaskedArray
 cdef object parameter_type = Parameter
+cdef object fill_array = ndarray.fill
 
 
 cdef bint is_array(PyObject *value) noexcept:
@@ -100,27 +106,36 @@ cdef class Kept:
         return 0
 
 
-def update_all(optimizer, grads):
+cdef class Updated(Outcome):
+    """What an optimizer's own `update` has changed."""
+    cdef list kept
+
+    cdef int undo(self) except -1:
+        cdef Kept each
+        for each in self.kept:
+            each.put_back()
+        return 0
+
+
+def update_all(optimizer, grads, factor):
+    """Call `update` for every parameter that has a gradient; what it has changed is put back if it raises."""
+    cdef Updated updated = Updated()
     cdef Kept kept
-    cdef list all_kept = []
-    rows = optimizer._rows_to_update(grads)
+    updated.kept = []
+    rows = optimizer._rows_to_update(grads, factor)
     try:
         for _group, p, _grad in rows:
-            all_kept.append(Kept(p.data, optimizer.state.setdefault(p, {})))
-        for (group, p, grad), kept in zip(rows, all_kept):
+            updated.kept.append(Kept(p.data, optimizer.state.setdefault(p, {})))
+        for (group, p, grad), kept in zip(rows, updated.kept):
             optimizer.update(p.data, grad, kept.entry, group)
     except BaseException:
-        for kept in all_kept:
-            kept.put_back()
+        updated.undo()
         raise
+    return updated
 
 
 cdef class ArrayWorkspace(Workspace):
     """The steps of one optimizer of Parameters."""
-
-    def step_by_update(self, optimizer, list grads):
-        """The step of an optimizer whose rule is its method `update`; what it has changed is put back if it raises."""
-        self.step_by(update_all, optimizer, grads)
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         param = <object>row.param
@@ -176,6 +191,7 @@ cdef class ArrayWorkspace(Workspace):
         cdef char *begin
         cdef char *end
         cdef int kind, j
+        cdef bint in_order
         if not is_array(row.data):
             self.refuse(row, index)
         kind = view(row.data, &p)
@@ -183,7 +199,8 @@ cdef class ArrayWorkspace(Workspace):
             extent(&p, &begin, &end)
             self.add_written(index, begin, end)
             return False
-        if kind != NPY_FLOAT and kind != NPY_DOUBLE or not is_writable(row.data) or not is_dense(&p):
+        if kind != NPY_FLOAT and kind != NPY_DOUBLE or not is_dense(&p) or (
+                not is_writable(row.data) and (not row.beside or self.exchanging)):
             self.refuse(row, index)
         w.size = p.size
         w.is_double = kind == NPY_DOUBLE
@@ -198,22 +215,85 @@ cdef class ArrayWorkspace(Workspace):
                 self.refuse(row, index)
             w.stream[2 + j] = s.data
             self.add_written(index, s.data, end_of(&s))
+        if self.averages:
+            self.look_at_averages(row, index, &p, kind, w)
+        w.stream[1] = NULL
+        row.read.begin = row.read.end = NULL
+        if row.grad == NULL:
+            return True
         if not is_array(row.grad) or view(row.grad, &g) != kind or not same_shape(&p, &g):
             self.refuse(row, index)
         w.stream[1] = g.data
-        row.read.begin = row.read.end = NULL
+        in_order = same_order(&p, &g) and <size_t>g.data % g.itemsize == 0
+        if self.clearing == FILL and self.add_gradient(row, index, &g):
+            w.clears = in_order and not row.has_copy
         if row.has_copy:
             return True
-        if not same_order(&p, &g) or <size_t>g.data % g.itemsize:
+        if not in_order:
             row.must_copy = self.again = True
-        else:
+        elif not w.clears:
             row.read.begin = g.data
             row.read.end = end_of(&g)
         return True
 
+    cdef bint add_gradient(self, Row *row, Py_ssize_t index, const View *g) except -1:
+        """Note that a gradient will be filled with zeros, where it can; whether it will."""
+        if row.keeps_gradient:
+            return False
+        if not row.has_copy:
+            extent(g, &row.filled.begin, &row.filled.end)
+            if row.grad != <PyObject *>self.gradients[index] or not is_writable(row.grad):
+                row.keeps_gradient = True
+                return False
+        self.add_written(index, row.filled.begin, row.filled.end, True)
+        return True
+
+    cdef int look_at_averages(self, Row *row, Py_ssize_t index, const View *p, int kind, Work *w) except -1:
+        """Look at the averages of a parameter and note that they are written."""
+        cdef Averaged *at = self.averages_of(self.n_work)
+        cdef Py_ssize_t j, n = len(self.averages)
+        cdef PyObject *array
+        cdef View a
+        cdef tuple averaged
+        w.averaged = at
+        for j in range(n):
+            averaged = self.averaged[index * n + j]
+            array = <PyObject *>averaged[0]
+            if (not is_array(array) or view(array, &a) != kind or not is_writable(array) or not same_shape(p, &a)
+                    or not same_order(p, &a)):
+                check_state(label(index, <object>row.param), "average", {"average": <object>array}, <object>row.data)
+                raise RuntimeError(f"{label(index, <object>row.param)} changes while the step looks at it")
+            at[j].data, at[j].weight = a.data, averaged[1]
+            self.add_written(index, a.data, end_of(&a))
+        return 0
+
+    cdef object first_average(self, Row *row, Py_ssize_t index):
+        data = check_data(label(index, <object>row.param), <object>row.data)
+        average = np.empty_like(data, subok=False)
+        np.copyto(average, data)
+        return average
+
+    def copied(self, what, like, values):
+        """A copy of an average that was saved, for the place of `like`."""
+        check_state_values(what, "average", {"average": values}, like)
+        copy = np.empty_like(like)
+        np.copyto(copy, values)
+        return copy
+
+    cdef double left_sum(self, Row *row, double power, double scale) except? -1:
+        return 0  # there is none
+
+    cdef bint has_finite_gradient(self, Row *row) except -1:
+        return np.isfinite(<object>row.grad).all()
+
+    cdef int fill(self, list grads) except -1:
+        for grad in grads:
+            fill_array(grad, 0)
+        return 0
+
     cdef int refuse(self, Row *row, Py_ssize_t index) except -1:
         """Raise for what look_at has found."""
-        cdef tuple names = (<Plan>self.new_plans[row.group]).names or ()
+        cdef tuple names = () if row.beside else (<Plan>self.new_plans[row.group]).names
         data = <object>row.data
         what = label(index, <object>row.param)
         check_data(what, data)
@@ -231,7 +311,7 @@ cdef class ArrayWorkspace(Workspace):
         for i in range(self.n_written):
             row = &self.rows[self.written[i].row]
             what = label(self.written[i].row, <object>row.param)
-            for j, name in enumerate((<Plan>self.new_plans[row.group]).names or ()):
+            for j, name in enumerate(() if self.bare else (<Plan>self.new_plans[row.group]).names or ()):
                 if row.state[j] != NULL and PyArray_DATA(<PyArrayObject *>row.state[j]) == self.written[i].range.begin:
                     if PyArray_DATA(<PyArrayObject *>row.data) != self.written[i].range.begin or i > 0 and (
                             self.written[i - 1].row == self.written[i].row):
@@ -279,3 +359,64 @@ cdef class ArrayWorkspace(Workspace):
         for j in range(len(counts)):
             PyDict_SetItem(<object>entry, <object>self.count_names[j], <object>counts[j])
         return 0
+
+
+cdef class ArrayBatch(Batch):
+    """Gradients that are gone over at once.
+
+    copied: those whose numbers were copied, into the memory order of their parameters or side by side.
+    """
+    cdef readonly list copied
+
+    def __init__(self, list grads, list owners, list names, bint writes):
+        """grads: arrays, to be written to or not; owners: their Parameters, or None; names: for messages, or None."""
+        cdef View g, p
+        cdef PyObject *array
+        cdef Py_ssize_t k
+        cdef int kind
+        self.copied = []
+        for k in range(len(grads)):
+            array = <PyObject *>grads[k]
+            kind = view(array, &g) if is_array(array) else -1
+            if kind != NPY_FLOAT and kind != NPY_DOUBLE or writes and not (
+                    PyArray_FLAGS(<PyArrayObject *>array) & NPY_ARRAY_WRITEABLE):
+                self.refuse(k, grads[k], owners[k], names[k])
+            p = g
+            if owners[k] is not None:
+                view(<PyObject *>(<object>owners[k])._data, &p)
+                if not same_shape(&p, &g):
+                    self.refuse(k, grads[k], owners[k], names[k])
+            if same_order(&p, &g) and is_dense(&g) and <size_t>g.data % g.itemsize == 0:
+                self.add(g.data, g.size, kind == NPY_DOUBLE, grads[k])
+                continue
+            if writes and overlaps_itself(grads[k].shape, grads[k].strides, grads[k].itemsize):
+                self.refuse(k, grads[k], owners[k], names[k])
+            like = grads[k] if owners[k] is None else owners[k]._data
+            copy = np.empty_like(like, grads[k].dtype, subok=False)
+            np.copyto(copy, grads[k])
+            view(<PyObject *>copy, &g)
+            self.add(g.data, g.size, kind == NPY_DOUBLE, copy)
+            self.copied.append(grads[k])
+
+    cdef int refuse(self, Py_ssize_t k, grad, owner, name) except -1:
+        what = f"gradient {name!r}" if name else f"gradient {k}" if owner is None else f"gradient of {label(k, owner)}"
+        if not is_array(<PyObject *>grad):
+            raise TypeError(f"{what} is a {type(grad).__name__}, must be an array")
+        if not grad.dtype.isnative or grad.dtype not in ("float32", "float64"):
+            raise TypeError(f"{what} is {grad.dtype}, must be float32 or float64")
+        if owner is not None:
+            check_gradient(what, owner._data, grad)
+        if not grad.flags.writeable:
+            raise ValueError(f"{what} is read-only, must be writable")
+        raise ValueError(f"{what} has strides {grad.strides} with shape {grad.shape}, must not overlap itself")
+
+
+def with_gradients(list items):
+    """Those that have a gradient, of a list of Parameters; None where it holds anything else."""
+    cdef list found = []
+    for item in items:
+        if type(item) is not parameter_type:
+            return None
+        if item.grad is not None:
+            found.append(item)
+    return found

@@ -3,7 +3,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
-from pyopt._engine cimport STATES, Numbers, Rule, Work
+from pyopt._engine cimport AVERAGES, STATES, Averaged, Extras, Numbers, Rule, Work
 
 
 cdef enum:
@@ -15,6 +15,12 @@ cdef enum Route:
     IDLE  # no gradient
     KERNEL
     LEFT  # to whoever else can step it
+
+
+cdef enum:  # what becomes of the gradients
+    KEEP
+    FILL  # zeros, in place
+    DROP  # None
 
 
 cdef struct View:  # what a step needs to know of an array
@@ -43,6 +49,7 @@ cdef struct Written:  # memory that a step writes, or a parameter that it must n
     Range range
     Py_ssize_t row
     char *reach  # where they are in order: the furthest end up to here
+    Py_ssize_t is_gradient  # to be cleared; as wide as the others, so that no byte is left out
 
 
 cdef struct Row:  # one parameter
@@ -59,6 +66,9 @@ cdef struct Row:  # one parameter
     Py_ssize_t group
     Py_ssize_t slot  # of its scalars and its new counts
     Range read  # where its gradient lies
+    bint beside  # no rule steps it, only what rides along
+    bint keeps_gradient  # it cannot be filled with zeros in place, or shares memory with other things
+    Range filled  # where its gradient lies that will be
     bint must_copy  # its gradient, before the sweep can walk it
     bint has_copy  # its gradient is the workspace's copy of it
     char *count_at[COUNTS]
@@ -81,14 +91,28 @@ cdef class Plan:
     cdef object too_large
 
 
+cdef class Asked:
+    cdef double max_norm
+    cdef int nonfinite, clearing
+    cdef bint needs_norm
+
+
+cdef class Average:
+    cdef public dict arrays, joined, kept
+    cdef public long long n_averaged, steps
+    cdef public bint is_swapped
+
+
 cdef class Workspace:
     # The lock: who steps, and how often it was taken by the same thread.
     cdef void *lock
     cdef unsigned long owner
     cdef int depth, forks
-    cdef bint stepping
+    cdef bint stepping, walking  # in a step; in that or a look, which take the rows
     # From step to step.
     cdef list plans
+    cdef readonly object last_grad_norm
+    cdef public long long skipped_steps
     cdef dict copies  # private copies of gradients, by row
     cdef Row *rows
     cdef Work *work
@@ -97,7 +121,8 @@ cdef class Workspace:
     cdef Written *written
     cdef Written *known  # what was written when `ordered` was made of it
     cdef Written *ordered
-    cdef Py_ssize_t row_capacity, range_capacity, sums_capacity, n_known, version
+    cdef Averaged *averaged_at  # AVERAGES for each piece of work
+    cdef Py_ssize_t row_capacity, range_capacity, sums_capacity, average_capacity, n_known, version
     # Of this step.
     cdef list groups, new_plans, new_counts, slot_errors
     cdef object states
@@ -110,6 +135,30 @@ cdef class Workspace:
     cdef bint unsteady  # other Python code has run than in a step that changes nothing but numbers
     cdef Py_ssize_t n_rows, n_work, n_written, cursor
     cdef double gradient_factor
+    # What rides along.
+    cdef Extras extras
+    cdef Py_ssize_t cursors[AVERAGES]
+    cdef bint has_extras, needs_norm, norm_known, skips
+    cdef bint bare, exchanging  # no rule runs; parameters and an average change places
+    cdef double max_norm, clip
+    cdef int nonfinite, clearing
+    cdef list counted  # all averages
+    cdef list averages, weights, averaged  # those that this step updates, how far, and (array, weight) row by row
+    cdef list gradients, fills, drops  # as the parameters have them, and what becomes of those that are not swept
+
+    cdef int ask(self, optimizer, Asked asked) except -1
+    cdef int ride(self, Average average, Rule rule) except -1
+    cdef int take_averages(self, Row *row, Py_ssize_t index) except -1
+    cdef Averaged *averages_of(self, Py_ssize_t work) except NULL
+    cdef int take_norm(self) except -1
+    cdef object label_of(self, Py_ssize_t index)
+    cdef int clip_gradients(self) noexcept
+    cdef int prepare_clearing(self) except -1
+    cdef int clear_rest(self) noexcept
+    cdef int skip(self) except -1
+    cdef int add_idle_slot(self) except -1
+    cdef bint keep_gradient(self, const Written *written) noexcept
+    cdef double *reserve_sums(self, Py_ssize_t blocks) except NULL
 
     cdef int begin(self, bint wait) except -1
     cdef int give_back(self) noexcept
@@ -125,7 +174,7 @@ cdef class Workspace:
     cdef int look(self, optimizer) except -1
     cdef int look_once(self) except -1
     cdef int order_written(self) except -1
-    cdef bint add_written(self, Py_ssize_t row, char *begin, char *end) except -1
+    cdef bint add_written(self, Py_ssize_t row, char *begin, char *end, bint is_gradient=*) except -1
     cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1
     cdef double *room_for_sums(self) except? NULL
     cdef bint enter_states(self) except -1
@@ -147,6 +196,10 @@ cdef class Workspace:
     cdef tuple read_counts(self, Row *row, Py_ssize_t index)
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1
     cdef bint look_at(self, Row *row, Py_ssize_t index, Work *work) except -1
+    cdef object first_average(self, Row *row, Py_ssize_t index)
+    cdef double left_sum(self, Row *row, double power, double scale) except? -1
+    cdef bint has_finite_gradient(self, Row *row) except -1
+    cdef int fill(self, list grads) except -1
     cdef bint overlap(self, Py_ssize_t first, Py_ssize_t second) except -1
     cdef int tangle(self, Py_ssize_t reader, Py_ssize_t writer) except -1
     cdef bint settle(self, optimizer) except -1

@@ -4,8 +4,9 @@
 #             computes the numbers of the rule. Python code of the user's may run here, raise, or change anything.
 #   look      reads the fields of all arrays anew and checks them, where they lie and what they share, without a line of
 #             Python. What needs Python (a copy of a gradient, an error) ends the look; afterwards it begins again.
+#   norm      of all gradients, where the step is asked to clip it, or to look for NaN and inf.
 #   arm       puts first states into optimizer.state.
-#   sweep     the kernels, without the GIL.
+#   sweep     the kernels, without the GIL, and what rides along: averages, zeros for the gradients.
 #   commit    stores that cannot fail: step counts.
 #
 # From the last look to the end of commit no bytecode runs, so no signal and no exception can come between. A workspace
@@ -18,18 +19,23 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.float cimport PyFloat_FromDouble
 from cpython.list cimport PyList_SetItem
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyObject_SetAttr
 from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.math cimport fabs, isfinite
 from libc.stdlib cimport qsort
 from libc.string cimport memcmp, memcpy, memset
 
-from pyopt._engine cimport ROW_COST, STATES, SUMS, Numbers, Work, number_blocks, sweep
+from pyopt._engine cimport (
+    AVERAGES, ROW_COST, STATES, SUMS, Averaged, Numbers, Outcome, Rule, Work, number_blocks, sweep,
+)
+from pyopt._norms cimport power_sums
 
 import os
 
 from pyopt import checks
-from pyopt.checks import plain
+from pyopt._isa import kernels
+from pyopt._norms import clip_factor, norm_of
+from pyopt.checks import number, plain
 from pyopt.parameter import check_state_is_dict, label
 
 
@@ -163,10 +169,92 @@ cdef object first_too_large(list numbers, exempt):
     return None
 
 
+# --- what a step may be asked for beside its rule ---------------------------------------------------------------------
+
+cdef Rule AVERAGE = kernels.average
+cdef Rule EXCHANGE = kernels.exchange
+cdef Rule NOTHING = kernels.nothing
+
+cdef double INFINITY = float("inf")
+
+cdef enum:  # what a norm that is not finite does
+    APPLY
+    RAISE
+    SKIP
+
+
+cdef class Asked:
+    """The arguments of a step, checked: `max_norm`, `nonfinite`, `zero_grad`."""
+
+    def __init__(self, max_norm, nonfinite, zero_grad):
+        if max_norm is not None:
+            if max_norm != INFINITY:
+                number("max_norm", max_norm, above=0)
+            self.max_norm = max_norm
+        if nonfinite not in ("apply", "raise", "skip"):
+            raise ValueError(f"nonfinite == {nonfinite!r}, must be 'apply', 'raise' or 'skip'")
+        if not isinstance(zero_grad, bool) and zero_grad != "set_to_none":
+            raise ValueError(f"zero_grad == {zero_grad!r}, must be False, True or 'set_to_none'")
+        self.nonfinite = ("apply", "raise", "skip").index(nonfinite)
+        self.clearing = DROP if zero_grad == "set_to_none" else FILL if zero_grad else KEEP
+        self.needs_norm = max_norm is not None or self.nonfinite != APPLY
+
+
+def asked(max_norm, nonfinite, zero_grad):
+    """What a step is asked for, None where it is for nothing."""
+    if max_norm is None and nonfinite == "apply" and zero_grad is False:
+        return None
+    return Asked(max_norm, nonfinite, zero_grad)
+
+
+cdef class Average:
+    """An average of the parameters of an optimizer, which its steps update.
+
+    arrays: by parameter; n_averaged: how often it was updated; joined: n_averaged when a parameter came, where it came
+    later; steps: of the optimizer since it was attached; is_swapped: whether the parameters and it have changed places;
+    kept: what the places of the parameters cannot hold meanwhile.
+    """
+
+    def __cinit__(self):
+        self.arrays, self.joined, self.kept = {}, {}, {}
+
+    def is_due(self, step):
+        """Whether it is updated in a step, counted from 1."""
+        raise NotImplementedError
+
+    def weight(self, n):
+        """How far it moves towards a parameter, 0 to 1, in update n of that, from 0."""
+        raise NotImplementedError
+
+    def restore(self, dict arrays, dict joined, long long n_averaged, long long steps):
+        """Become what another one was."""
+        self.arrays, self.joined, self.n_averaged, self.steps = arrays, joined, n_averaged, steps
+
+
+cdef class Swapped:
+    """A `with` block in which an average and the parameters have changed places: whole, whatever interrupts it."""
+    cdef Average average
+    cdef Workspace workspace
+    cdef object optimizer
+
+    def __init__(self, Average average, Workspace workspace, optimizer):
+        self.average, self.workspace, self.optimizer = average, workspace, optimizer
+
+    def __enter__(self):
+        for average in self.optimizer._averages:
+            if (<Average?>average).is_swapped:
+                raise RuntimeError("an average has changed places with the parameters already (swapped())")
+        self.workspace.exchange(self.optimizer, self.average)
+
+    def __exit__(self, *_):
+        self.workspace.exchange(self.optimizer, self.average)
+
+
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 cdef long long MOST_STEPS = checks.MOST_STEPS
 cdef int forks = 0
+cdef list NO_AVERAGES = []
 
 
 def _after_fork():
@@ -191,7 +279,8 @@ cdef class Workspace:
         self.forks = forks
         self.plans = []
         self.n_known = -1
-        self.gradient_factor = 1
+        self.gradient_factor = self.clip = 1
+        self.counted, self.averages, self.weights = NO_AVERAGES, [], []
 
     def __reduce__(self):
         return type(self), ()  # a copy begins anew
@@ -202,6 +291,7 @@ cdef class Workspace:
         PyMem_Free(self.work)
         PyMem_Free(self.numbers)
         PyMem_Free(self.sums)
+        PyMem_Free(self.averaged_at)
         PyMem_Free(self.written)
         PyMem_Free(self.known)
         PyMem_Free(self.ordered)
@@ -216,6 +306,7 @@ cdef class Workspace:
     cdef int begin(self, bint wait) except -1:
         """Enter a step; RuntimeError if one has begun already, in another thread unless it waits for its end."""
         self.acquire(True, wait)
+        self.walking = True
         self.stepping = not wait  # who only looks is waited for
         return 0
 
@@ -231,7 +322,7 @@ cdef class Workspace:
                 self.depth = 0
                 self.end()
         if self.depth and self.owner == me:
-            if alone:
+            if alone and self.walking:
                 raise RuntimeError("step() of this optimizer is already running: it was called from inside itself")
             self.depth += 1
             return 0
@@ -256,7 +347,7 @@ cdef class Workspace:
 
     # --- the walk -----------------------------------------------------------------------------------------------------
 
-    def step(self, optimizer, list grads=None, double gradient_factor=1):
+    def step(self, optimizer, list grads=None, double gradient_factor=1, Asked asked=None):
         """One step of the optimizer's rule on every parameter that has a gradient: all of it, or an error and nothing.
 
         grads, where given, stand for the parameters' own, in the order of the groups; each is taken times
@@ -266,28 +357,241 @@ cdef class Workspace:
         self.begin(False)
         try:
             self.gradient_factor = gradient_factor
+            self.ask(optimizer, asked)
             self.collect(optimizer, grads)
             self.look(optimizer)
+            if self.needs_norm and not self.norm_known:
+                self.take_norm()
+            if self.skips:
+                self.skip()
+                return
             if self.enter_states():
                 self.look(optimizer)
             sums = self.room_for_sums()
+            self.clip_gradients()
+            self.prepare_clearing()
             self.announce()
             self.arm()
             with nogil:
-                sweep(self.work, self.n_work, self.numbers, sums)
+                sweep(self.work, self.n_work, self.numbers, sums, &self.extras if self.has_extras else NULL)
             self.commit()
         finally:
             self.end()
             self.give_back()
 
-    def step_by(self, function, *args):
-        """Call a step that is written in Python, as the only one of this optimizer that runs."""
+    def step_by(self, function, optimizer, list grads=None, double gradient_factor=1, Asked asked=None):
+        """One step by function(grads, gradient_factor), and what rides along; all of it where an Outcome is returned.
+
+        It is the only one of this optimizer that runs.
+        """
+        cdef Outcome outcome = None
+        cdef bint rides
         self.begin(False)
         try:
-            return function(*args)
+            self.gradient_factor = gradient_factor
+            self.bare = True
+            self.ask(optimizer, asked)
+            rides = self.has_extras or self.needs_norm or self.clearing != KEEP or len(self.counted) > 0
+            if rides:
+                self.collect(optimizer, grads)
+                self.look(optimizer)
+                if self.needs_norm and not self.norm_known:
+                    self.take_norm()
+                if self.skips:
+                    self.skip()
+                    return
+            outcome = function(grads, gradient_factor * self.clip)
+            try:
+                if rides:
+                    self.look(optimizer)
+                    self.prepare_clearing()
+                    self.announce()
+                if outcome is not None:
+                    outcome.carry_out()
+            except BaseException:
+                if outcome is not None:
+                    outcome.undo()
+                raise
+            if rides:
+                if self.has_extras:
+                    with nogil:
+                        sweep(self.work, self.n_work, self.numbers, NULL, &self.extras)
+                self.commit()
         finally:
             self.end()
             self.give_back()
+
+    def exchange(self, optimizer, Average average):
+        """Let the parameters and an average change places."""
+        self.begin(True)
+        try:
+            self.bare = self.exchanging = True
+            self.ride(average, EXCHANGE)
+            self.collect(optimizer, None)
+            self.look(optimizer)
+            self.announce()
+            with nogil:
+                sweep(self.work, self.n_work, self.numbers, NULL, &self.extras)
+            average.is_swapped = not average.is_swapped
+        finally:
+            self.end()
+            self.give_back()
+
+    def follow(self, optimizer, Average average):
+        """Give an average an array for each parameter that it has none of."""
+        self.begin(True)
+        try:
+            self.bare = self.exchanging = True
+            if average.n_averaged == 0 and not average.is_swapped:
+                average.arrays = {}  # copies of the parameters as they are now
+            self.ride(average, AVERAGE)
+            self.collect(optimizer, None)
+        finally:
+            self.end()
+            self.give_back()
+
+    # --- what rides along ---------------------------------------------------------------------------------------------
+
+    cdef int ask(self, optimizer, Asked asked) except -1:
+        """Take what this step is asked for, and the averages that it updates."""
+        cdef Average average
+        self.last_grad_norm = None
+        if asked is not None:
+            self.max_norm, self.needs_norm = asked.max_norm, asked.needs_norm
+            self.nonfinite, self.clearing = asked.nonfinite, asked.clearing
+            self.has_extras = self.clearing == FILL
+        if optimizer._averages:
+            self.counted = list(optimizer._averages)
+            for average in self.counted:
+                if average.is_swapped:
+                    raise RuntimeError("step() while an average has changed places with the parameters (swapped())")
+                if average.is_due(average.steps + 1):
+                    self.ride(average, AVERAGE)
+        return 0
+
+    cdef int ride(self, Average average, Rule rule) except -1:
+        """Run a rule on each parameter's average too."""
+        self.extras.kernel = &rule.kernel
+        self.weights.append(0.0 if self.exchanging else average.weight(average.n_averaged))
+        self.averages.append(average)
+        self.extras.averages += 1
+        self.has_extras = True
+        return 0
+
+    cdef int take_averages(self, Row *row, Py_ssize_t index) except -1:
+        """Hold the averages of a parameter, each with the weight of its next update."""
+        cdef Average average
+        cdef PyObject *found
+        cdef Py_ssize_t j
+        param = <object>row.param
+        for j in range(len(self.averages)):
+            average = self.averages[j]
+            found = find_next(average.arrays, &self.cursors[j], param)
+            if found == NULL:
+                if average.n_averaged:
+                    average.joined[param] = average.n_averaged
+                array = average.arrays[param] = self.first_average(row, index)
+            else:
+                array = <object>found
+            weight = self.weights[j]
+            if average.joined and not self.exchanging:
+                weight = average.weight(average.n_averaged - average.joined.get(param, 0))
+            self.averaged.append((array, weight))
+        return 0
+
+    cdef Averaged *averages_of(self, Py_ssize_t work) except NULL:
+        """Where the averages of a tensor are noted."""
+        cdef Py_ssize_t n = self.row_capacity * AVERAGES
+        if n > self.average_capacity:
+            self.averaged_at = <Averaged *>grown(self.averaged_at, n * sizeof(Averaged))
+            self.average_capacity = n
+        return &self.averaged_at[work * AVERAGES]
+
+    def squares(self, double power, double scale):
+        """Per gradient the sum of (|x| * scale)**power, in the parameters' order."""
+        cdef list swept = power_sums(self.work, self.n_work, power, scale), found = []
+        cdef Py_ssize_t k, w = 0
+        for k in range(self.n_rows):
+            if w < self.n_work and self.work[w].row == k:
+                found.append(swept[w])
+                w += 1
+            elif self.rows[k].grad != NULL:
+                found.append(self.left_sum(&self.rows[k], power, scale))
+        return found
+
+    cdef int take_norm(self) except -1:
+        """The norm of all gradients, and what follows from it."""
+        cdef double norm_of_all = norm_of(self.squares, 2) * fabs(self.gradient_factor)
+        cdef Py_ssize_t k
+        self.norm_known = True
+        self.last_grad_norm = norm_of_all
+        if not isfinite(norm_of_all):
+            if self.nonfinite == RAISE:
+                for k in range(self.n_rows):
+                    if self.rows[k].grad != NULL and not self.has_finite_gradient(&self.rows[k]):
+                        raise ValueError(f"{self.label_of(k)}: its gradient has NaN or inf")
+                raise ValueError(f"the norm of all gradients is {norm_of_all}, must be finite")
+            self.skips = self.nonfinite == SKIP
+        if self.max_norm > 0:
+            self.clip = clip_factor(self.max_norm, norm_of_all)
+        return 0
+
+    cdef object label_of(self, Py_ssize_t index):
+        """How messages call a parameter: by its name in the group, where it has none of its own."""
+        cdef Py_ssize_t first = index
+        while first > 0 and self.rows[first - 1].group == self.rows[index].group:
+            first -= 1
+        names = self.groups[self.rows[index].group].get("param_names")
+        if isinstance(names, (list, tuple)) and index - first < len(names):
+            return f"parameter {names[index - first]!r}"
+        return label(index, <object>self.rows[index].param)
+
+    cdef int clip_gradients(self) noexcept:
+        """Fold what clips the norm into the numbers of all rules, whose first is the gradient's factor."""
+        cdef Py_ssize_t i
+        if self.clip != 1:
+            for i in range(len(self.new_counts)):
+                self.numbers[i].value[0] *= self.clip
+        return 0
+
+    cdef int prepare_clearing(self) except -1:
+        """Note the gradients that the sweep does not clear: to be filled in place, or dropped."""
+        cdef Py_ssize_t k, w = 0
+        cdef bint swept
+        if self.clearing == KEEP:
+            return 0
+        self.fills, self.drops = [], []
+        for k in range(self.n_rows):
+            swept = False
+            if w < self.n_work and self.work[w].row == k:
+                swept = self.work[w].clears and not self.skips
+                w += 1
+            if self.rows[k].grad == NULL or swept:
+                continue
+            if self.clearing == FILL and not self.rows[k].keeps_gradient:
+                self.fills.append(self.gradients[k])
+            else:
+                self.drops.append(<object>self.rows[k].param)
+        return 0
+
+    cdef int clear_rest(self) noexcept:
+        """Clear the gradients that the sweep has not cleared: no Python code, but of a parameter's own class."""
+        if self.clearing == KEEP:
+            return 0
+        try:
+            self.fill(self.fills)
+            for param in self.drops:
+                PyObject_SetAttr(param, "grad", None)
+        except BaseException:  # the step is done
+            pass
+        return 0
+
+    cdef int skip(self) except -1:
+        """Count a step that is not made."""
+        self.prepare_clearing()
+        self.skipped_steps += 1
+        self.clear_rest()
+        return 0
 
     # --- collect ------------------------------------------------------------------------------------------------------
 
@@ -308,13 +612,20 @@ cdef class Workspace:
         self.n_counts = len(self.count_names)
         self.shared_numbers = optimizer.shared_numbers
         self.cursor = 0
+        memset(self.cursors, 0, sizeof(self.cursors))
         self.groups = list(optimizer.param_groups)
         self.new_plans, self.new_counts, self.slot_errors = [], [], []
+        self.averaged, self.gradients = [], []
+        if self.bare or self.averages:
+            self.reserve(1)
+            self.add_idle_slot()
         n = len(self.groups)
         for g in range(n):
             group = self.groups[g]
-            plan = self.plan(optimizer, g, group)
+            plan = None if self.bare else self.plan(optimizer, g, group)
             self.new_plans.append(plan)
+            if self.bare and not isinstance(group, dict):
+                raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
             found = PyDict_GetItemWithError(group, "params")
             if found == NULL or not isinstance(<object>found, (list, tuple)):
                 what = "missing" if found == NULL else f"a {type(<object>found).__name__}"
@@ -331,14 +642,22 @@ cdef class Workspace:
                 self.n_rows = k + 1
                 hold(&row.param, params[i])
                 self.take(row, k)
-                grad = params[i].grad if grads is None else grads[k]
+                grad = None if self.exchanging else params[i].grad if grads is None else grads[k]
+                if self.clearing != KEEP:
+                    self.gradients.append(grad)
                 if grad is not None:
                     hold(&row.grad, grad)
-                    row.route = LEFT if plan.names is None else KERNEL
+                    row.route = KERNEL if self.bare or plan.names is not None else LEFT
+                    row.beside = self.bare
                     self.take_gradient(row, k)
-                if row.route == KERNEL:
+                elif self.averages:
+                    row.route = KERNEL
+                    row.beside = True
+                if self.averages:
+                    self.take_averages(row, k)
+                if row.route == KERNEL and not row.beside:
                     step = self.take_state(row, plan, optimizer, k)
-                if row.route == KERNEL:
+                if row.route == KERNEL and not row.beside:
                     if self.n_counts > 1:
                         before = self.read_counts(row, k)
                     if step != last_step or before != last_before:
@@ -425,17 +744,8 @@ cdef class Workspace:
         return 1 if row.made != NULL else 2
 
     cdef PyObject *find_entry(self, param) except? NULL:
-        """The entry of optimizer.state, NULL if there is none; without a hash where they stand in the rows' order."""
-        cdef Py_ssize_t next = self.cursor
-        cdef PyObject *key
-        cdef PyObject *value
-        if PyDict_Next(self.states, &next, &key, &value):
-            if key == <PyObject *>param:
-                self.cursor = next
-                return value
-        elif self.cursor == 0:
-            return NULL
-        return PyDict_GetItemWithError(self.states, param)
+        """The entry of optimizer.state, NULL if there is none."""
+        return find_next(self.states, &self.cursor, param)
 
     cdef object last_copy(self, Py_ssize_t index):
         """The private copy of a row's gradient from the last step, None if there was none."""
@@ -482,6 +792,13 @@ cdef class Workspace:
         self.new_counts.append(counts)
         return 0
 
+    cdef int add_idle_slot(self) except -1:
+        """The first slot, of parameters that no rule steps."""
+        self.numbers[0].kernel = &NOTHING.kernel
+        self.slot_errors.append(None)
+        self.new_counts.append(())
+        return 0
+
     cdef int repeat_slot(self) except -1:
         """The last numbers once more, for one more tensor that makes its own of them."""
         cdef Py_ssize_t n = len(self.new_counts)
@@ -499,7 +816,8 @@ cdef class Workspace:
             self.again = False
             self.look_once()
             if not self.settle(optimizer) and not self.again:
-                self.plans = self.new_plans
+                if not self.bare:
+                    self.plans = self.new_plans
                 self.copies = self.new_copies
                 return 0
         raise RuntimeError("parameters, gradients or state change while the step looks at them")
@@ -513,8 +831,10 @@ cdef class Workspace:
         for k in range(self.n_rows):
             row = &self.rows[k]
             w = &self.work[self.n_work]
+            w.clears = False
             if not self.look_at(row, k, w):
                 continue
+            w.row = k
             w.start = cost
             w.slot = row.slot
             if not w.is_double and self.slot_errors[row.slot] is not None:
@@ -534,7 +854,7 @@ cdef class Workspace:
                 self.find_tangles(row, k)
         return 0
 
-    cdef bint add_written(self, Py_ssize_t row, char *begin, char *end) except -1:
+    cdef bint add_written(self, Py_ssize_t row, char *begin, char *end, bint is_gradient=False) except -1:
         """Note what will be written, or must not be."""
         cdef Py_ssize_t n = self.n_written
         if begin >= end:
@@ -549,6 +869,7 @@ cdef class Workspace:
         self.written[self.n_written].range.end = end
         self.written[self.n_written].row = row
         self.written[self.n_written].reach = NULL
+        self.written[self.n_written].is_gradient = is_gradient
         self.n_written += 1
         return True
 
@@ -568,7 +889,9 @@ cdef class Workspace:
         qsort(self.ordered, self.n_written, sizeof(Written), ascending)
         for i in range(self.n_written):
             if i > 0 and self.ordered[i].range.begin < self.ordered[furthest].range.end:
-                shared |= self.overlap(self.ordered[furthest].row, self.ordered[i].row)
+                shared = True
+                if not (self.keep_gradient(&self.ordered[furthest]) | self.keep_gradient(&self.ordered[i])):
+                    self.overlap(self.ordered[furthest].row, self.ordered[i].row)
             if self.ordered[i].range.end > self.ordered[furthest].range.end:
                 furthest = i
             self.ordered[i].reach = self.ordered[furthest].range.end
@@ -576,6 +899,13 @@ cdef class Workspace:
             memcpy(self.known, self.written, size)
             self.n_known = self.n_written
         return 0
+
+    cdef bint keep_gradient(self, const Written *written) noexcept:
+        """Whether this is a gradient; it is then not cleared by the sweep, for it shares memory with other things."""
+        if written.is_gradient:
+            self.rows[written.row].keeps_gradient = True
+            self.again = True
+        return written.is_gradient
 
     cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1:
         """Find all rows that write where the gradient of this one lies."""
@@ -604,16 +934,19 @@ cdef class Workspace:
 
     cdef double *room_for_sums(self) except? NULL:
         """Where the sweep puts the sums of blocks; NULL where no rule needs any."""
-        cdef Py_ssize_t k, n
+        cdef Py_ssize_t k
         for k in range(self.n_work):
             if self.numbers[self.work[k].slot].kernel.finish != NULL:
                 break
         else:
             return NULL
-        n = number_blocks(self.work, self.n_work) + 1  # more than none
-        if n > self.sums_capacity:
-            self.sums = <double *>grown(self.sums, n * SUMS * sizeof(double))
-            self.sums_capacity = n
+        return self.reserve_sums(number_blocks(self.work, self.n_work))
+
+    cdef double *reserve_sums(self, Py_ssize_t blocks) except NULL:
+        """Room for the sums of so many blocks."""
+        if self.sums == NULL or blocks > self.sums_capacity:
+            self.sums = <double *>grown(self.sums, (blocks + 1) * SUMS * sizeof(double))
+            self.sums_capacity = blocks
         return self.sums
 
     cdef bint enter_states(self) except -1:
@@ -673,22 +1006,32 @@ cdef class Workspace:
     cdef int commit(self) noexcept:
         """Store the counts: no Python code, nothing that can fail."""
         cdef Py_ssize_t k
+        cdef Average average
         self.armed = False
         if self.counts_steps:
             for k in range(self.n_rows):
-                if self.rows[k].route == KERNEL:
+                if self.rows[k].route == KERNEL and not self.rows[k].beside:
                     self.store_counts(&self.rows[k])
         if self.shared_numbers and self.n_work:
             self.store_shared_numbers()
+        for average in self.counted:
+            average.steps += 1
+        for average in self.averages:
+            average.n_averaged += 1
+        self.clear_rest()
         return 0
 
     cdef int store_shared_numbers(self) noexcept:
-        """Store in all groups what the rule has made of joint sums: the first numbers of its struct."""
-        cdef Py_ssize_t i, g
+        """Store in all groups what the rule has made of joint sums: the numbers behind the gradient's factor."""
+        cdef Py_ssize_t i, g, w = 0
+        while w < self.n_work - 1 and self.rows[self.work[w].row].beside:
+            w += 1
+        if self.rows[self.work[w].row].beside:
+            return 0
         for i in range(len(self.shared_numbers)):
             Py_INCREF(None)
             PyList_SetItem(self.spares, i, None)  # its memory is that of the new one, which cannot fail so
-            value = PyFloat_FromDouble(self.numbers[self.work[0].slot].value[i])
+            value = PyFloat_FromDouble(self.numbers[self.work[w].slot].value[1 + i])
             for g in range(len(self.groups)):
                 PyDict_SetItem(self.groups[g], self.shared_numbers[i], value)
         return 0
@@ -712,9 +1055,15 @@ cdef class Workspace:
             for j in range(COUNTS):
                 let_go(&row.count[j])
         self.groups = self.new_plans = self.new_counts = self.slot_errors = self.new_copies = None
-        self.states = None
+        self.states = self.averaged = self.gradients = self.fills = self.drops = None
         self.shared_numbers = None
-        self.stepping = self.unsteady = False
+        self.counted = NO_AVERAGES
+        if self.averages or self.weights:
+            self.averages, self.weights = [], []
+        self.extras.averages = self.clearing = self.nonfinite = 0
+        self.max_norm, self.clip = 0, 1
+        self.has_extras = self.needs_norm = self.norm_known = self.skips = self.bare = self.exchanging = False
+        self.stepping = self.unsteady = self.walking = False
         return 0
 
     cdef int reserve(self, Py_ssize_t n) except -1:
@@ -724,7 +1073,7 @@ cdef class Workspace:
             self.rows = <Row *>grown(self.rows, n * sizeof(Row))
             memset(&self.rows[self.row_capacity], 0, (n - self.row_capacity) * sizeof(Row))
             self.work = <Work *>grown(self.work, n * sizeof(Work))
-            self.numbers = <Numbers *>grown(self.numbers, n * sizeof(Numbers))
+            self.numbers = <Numbers *>grown(self.numbers, (n + 1) * sizeof(Numbers))
             self.row_capacity = n
         return 0
 
@@ -773,6 +1122,22 @@ cdef class Workspace:
         """Look at the arrays of a row and note what is written; whether there is work: its size and streams then."""
         raise NotImplementedError
 
+    cdef object first_average(self, Row *row, Py_ssize_t index):
+        """A copy of a parameter, where its average begins."""
+        raise NotImplementedError
+
+    cdef double left_sum(self, Row *row, double power, double scale) except? -1:
+        """The sum of (|x| * scale)**power of a gradient that is not stepped by the kernels."""
+        raise NotImplementedError
+
+    cdef bint has_finite_gradient(self, Row *row) except -1:
+        """Whether a gradient has neither NaN nor inf."""
+        raise NotImplementedError
+
+    cdef int fill(self, list grads) except -1:
+        """Fill gradients with zeros."""
+        raise NotImplementedError
+
     cdef bint overlap(self, Py_ssize_t first, Py_ssize_t second) except -1:
         """Two rows, or one with itself, would write to the same memory: raise, or leave them and return True."""
         raise NotImplementedError
@@ -796,6 +1161,20 @@ cdef class Workspace:
     cdef int store_counts(self, Row *row) noexcept:
         """Store the new counts of a row."""
         return 0
+
+
+cdef PyObject *find_next(items, Py_ssize_t *cursor, param) except? NULL:
+    """What a dict has for a parameter, NULL for nothing; without a hash where it stands in the parameters' order."""
+    cdef Py_ssize_t next = cursor[0]
+    cdef PyObject *key
+    cdef PyObject *value
+    if PyDict_Next(items, &next, &key, &value):
+        if key == <PyObject *>param:
+            cursor[0] = next
+            return value
+    elif cursor[0] == 0:
+        return NULL
+    return PyDict_GetItemWithError(items, param)
 
 
 cdef void hold(PyObject **place, value) noexcept:

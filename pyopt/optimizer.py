@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from pyopt import _state_dict, checks
-from pyopt._arrays import ArrayWorkspace
+from pyopt._arrays import ArrayWorkspace, update_all
 from pyopt._engine import Rule
 from pyopt._groups import Group as Group
 from pyopt._groups import as_groups, as_parameters, check_keys, gradients_in_order
 from pyopt._options import CHECKS, LATER, check_declaration, check_options
 from pyopt._state_dict import StateDict
+from pyopt._step import Asked, Average, asked
 from pyopt.hooks import Hooked, Hooks, global_step_post_hooks, global_step_pre_hooks
 from pyopt.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from pyopt.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
@@ -93,6 +95,7 @@ class Optimizer(Hooked):
         self.state: defaultdict[Parameter, dict[str, Any]] = defaultdict(dict)
         self.param_groups: list[Group] = []
         self._workspace = ArrayWorkspace()
+        self._averages: list[Average] = []
         self._bare = False  # whether an array came without a Parameter: its gradients can only come with the step
         self._begin_hooks()
         for group in groups:
@@ -145,7 +148,15 @@ class Optimizer(Hooked):
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None, *, grads: Grads | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grads: Grads | None = None,
+        max_norm: float | None = None,
+        nonfinite: str = "apply",
+        zero_grad: bool | str = False,
+    ) -> Any:
         """Update every parameter that has a gradient, once.
 
         All or nothing: every parameter, gradient, state and hyper-parameter is checked before anything changes.
@@ -154,42 +165,87 @@ class Optimizer(Hooked):
             closure: computes the loss and the gradients; called first.
             grads: gradients to use in place of the parameters' own, None for a parameter to be left alone; not stored.
                 One per parameter in the order of the groups, or a mapping by name, nested like the parameters'.
+            max_norm: where the norm of all gradients together is larger, > 0, they count in this step times
+                max_norm / (norm + 1e-6), as after `clip_grad_norm_`; they stay as they are.
+            nonfinite: what a norm that is NaN or inf does: "apply" steps all the same, as torch does; "raise" is a
+                ValueError that names the parameter; "skip" leaves all as it is and adds 1 to `skipped_steps`.
+            zero_grad: True fills the gradients with zeros in the same pass, one that is read-only becomes None;
+                "set_to_none" makes all of them None. After a step that was skipped too.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
             TypeError, ValueError: a gradient of another shape or dtype than its parameter; names that are missing or
-                unknown; no gradient at all for parameters passed as bare arrays; anything else that has become invalid
-                since the constructor.
-            RuntimeError: another thread is in step() of this optimizer.
+                unknown; no gradient at all for parameters passed as bare arrays; an argument out of its bounds;
+                `zero_grad` with `grads`; anything else that has become invalid since the constructor.
+            RuntimeError: another thread is in step() of this optimizer; an average has changed places with the
+                parameters.
         """
+        what = asked(max_norm, nonfinite, zero_grad)
+        if grads is not None and zero_grad:
+            raise ValueError(f"zero_grad == {zero_grad!r} clears the parameters' own gradients, but grads= were given")
         if not (self._step_pre_hooks or self._step_post_hooks or global_step_pre_hooks or global_step_post_hooks):
-            return self._step(closure, grads=grads)
+            return self._run(closure, grads, what)
         args = () if closure is None else (closure,)
-        kwargs = {} if grads is None else {"grads": grads}
+        given = {"grads": grads, "max_norm": max_norm, "nonfinite": nonfinite, "zero_grad": zero_grad}
+        usual = {"grads": None, "max_norm": None, "nonfinite": "apply", "zero_grad": False}
+        kwargs = {name: value for name, value in given.items() if value is not usual[name]}
         return self._step_with_hooks(self._step, *args, **kwargs)
 
-    def _step(self, closure: Callable[[], Any] | None = None, *, grads: Grads | None = None) -> Any:
+    def _step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grads: Grads | None = None,
+        max_norm: float | None = None,
+        nonfinite: str = "apply",
+        zero_grad: bool | str = False,
+    ) -> Any:
+        return self._run(closure, grads, asked(max_norm, nonfinite, zero_grad))
+
+    def _run(self, closure: Callable[[], Any] | None, grads: Grads | None, what: Asked | None) -> Any:
         if closure is not None and not callable(closure):
             raise TypeError(f"closure is a {type(closure).__name__}, must be callable; gradients go by step(grads=...)")
         loss = None if closure is None else closure()
         if grads is not None:
             grads = gradients_in_order(grads, self.param_groups)
-        self._move(grads)
-        if self._bare and grads is None and not any(p.grad is not None for g in self.param_groups for p in g["params"]):
+        had_none = self._bare and grads is None and all(p.grad is None for g in self.param_groups for p in g["params"])
+        self._move(grads, what)
+        if had_none:
             raise ValueError("no parameter has a gradient: for parameters passed as bare arrays, give step(grads=...)")
         return loss
 
-    def _move(self, grads: list[Any] | None) -> None:
+    def _move(self, grads: list[Any] | None, what: Asked | None) -> None:
         """The step itself, with the gradients in order, or None for the parameters' own."""
         if self.rule is not None:
-            self._workspace.step(self, grads)
+            self._workspace.step(self, grads, 1, what)
         else:
-            self._workspace.step_by_update(self, grads)
+            self._workspace.step_by(partial(update_all, self), self, grads, 1, what)
 
-    def _rows_to_update(self, grads: list[Any] | None) -> list[tuple[Group, Parameter, np.ndarray[Any, Any]]]:
-        """What `update` is called with, checked: per parameter that has a gradient its group, it, and the gradient."""
+    def _stage(self) -> tuple[ArrayWorkspace, Optimizer]:
+        """The workspace of the steps, and what it asks."""
+        return self._workspace, self
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """The norm of all gradients in the last step that computed it, for max_norm or nonfinite; None before."""
+        return self._workspace.last_grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped for a norm that was not finite; can be set."""
+        return self._workspace.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, steps: int) -> None:
+        checks.count("skipped_steps", steps)
+        self._workspace.skipped_steps = steps
+
+    def _rows_to_update(
+        self, grads: list[Any] | None, factor: float
+    ) -> list[tuple[Group, Parameter, np.ndarray[Any, Any]]]:
+        """What `update` is called with, checked: per parameter with a gradient its group, it, and gradient * factor."""
         rows = []
         for group in self.param_groups:
             self.check_group(group)
@@ -200,11 +256,14 @@ class Optimizer(Hooked):
         ranges = check_no_overlap(parameter_ranges(p for _, p, _ in rows))
         for i, (_, p, _) in enumerate(rows):
             check_state_is_dict(label(i, p), self.state.get(p, {}))
-        return [
-            (group, p, apart_from(ranges, check_gradient(label(i, p), check_data(label(i, p), p.data), grad)))
-            for i, (group, p, grad) in enumerate(rows)
-            if grad is not None
-        ]
+        result = []
+        for i, (group, p, grad) in enumerate(rows):
+            if grad is not None:
+                g = check_gradient(label(i, p), check_data(label(i, p), p.data), grad)
+                result.append(
+                    (group, p, apart_from(ranges, g if factor == 1 else np.asarray(g * g.dtype.type(factor))))
+                )
+        return result
 
     def update(self, p: np.ndarray[Any, Any], g: np.ndarray[Any, Any], state: dict[str, Any], group: Group) -> None:
         """The rule of an optimizer in plain NumPy: change p and state in place; g is read only.
@@ -338,12 +397,14 @@ class Optimizer(Hooked):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but hooks, as in torch, and the workspace."""
-        return {k: value for k, value in vars(self).items() if k != "_workspace" and not isinstance(value, Hooks)}
+        kept = {k: value for k, value in vars(self).items() if k != "_workspace" and not isinstance(value, Hooks)}
+        return {**kept, "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._workspace = ArrayWorkspace()
+        self.skipped_steps = state.pop("skipped_steps", 0)
         vars(self).update(state)
         self._begin_hooks()
-        self._workspace = ArrayWorkspace()
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

@@ -213,6 +213,17 @@ def overlapping(arrays: Iterable[np.ndarray[Any, Any]]) -> set[int]:
     return found
 
 
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int], unit: int = 1) -> bool:
+    """Whether two elements may lie in the same place; unit is the size of an element in the unit of the strides."""
+    reach = 0
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(strides, shape, strict=True)):
+        if length > 1:
+            if stride < reach + unit:
+                return 0 not in shape
+            reach += stride * (length - 1)
+    return False
+
+
 def apart_from(ranges: list[Range], grad: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The gradient, read-only; a copy of it if it lies in one of the ranges, which the step will write to."""
     begin, end = byte_bounds(grad)

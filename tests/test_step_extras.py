@@ -415,6 +415,8 @@ def test_zero_grad_with_what_is_not_finite(cls: Any, options: Any) -> None:
             opt.step(nonfinite=nonfinite, zero_grad=True)
         assert all(g is a and cleared(a) for g, a in zip(gradients(opt), arrays, strict=True))
         assert (numbers(opt) == state) == (nonfinite == "skip")
+        if nonfinite == "apply":  # NaN may be in the groups now too
+            continue
         arrays[0][:] = math.nan
         opt.step(nonfinite="skip", zero_grad="set_to_none")
         assert gradients(opt) == [None] * len(arrays) and np.isnan(arrays[0]).all()

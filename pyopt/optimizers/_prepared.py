@@ -8,6 +8,7 @@ import numpy as np
 
 from pyopt import _state_dict
 from pyopt._matrix import Writes
+from pyopt._step import Asked
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.parameter import (
@@ -75,11 +76,11 @@ class PreparedOptimizer(Optimizer):
             del self.param_groups[-1]
             raise
 
-    def _move(self, grads: list[Any] | None) -> None:
-        self._workspace.step_by(self._prepare_and_write, grads)
+    def _move(self, grads: list[Any] | None, what: Asked | None) -> None:
+        self._workspace.step_by(self._prepare_all, self, grads, 1, what)
 
-    def _prepare_and_write(self, grads: list[Any] | None) -> None:
-        rows = self._rows_to_update(grads)
+    def _prepare_all(self, grads: list[Any] | None, factor: float) -> Writes:
+        rows = self._rows_to_update(grads, factor)
         places = {p: label(i, p) for i, p in enumerate(self._parameters())}
         ranges = parameter_ranges(self._parameters())
         found = []
@@ -98,7 +99,7 @@ class PreparedOptimizer(Optimizer):
             self.prepare(writes, group, step, data, g, state)
             if made or step:
                 writes.add_entry(entry, {**({"step": step} if step else {}), **made})
-        writes.apply()
+        return writes
 
     def _state_of(
         self, what: str, group: Group, data: Array, entry: dict[str, Any]

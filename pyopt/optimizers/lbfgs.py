@@ -11,6 +11,7 @@ import numpy as np
 from pyopt import checks
 from pyopt._isa import kernels
 from pyopt._matrix import Writes, apply_rule, dot
+from pyopt._step import Asked
 from pyopt.checks import plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._prepared import in_order
@@ -114,12 +115,16 @@ class LBFGS(Optimizer):
         if "n_iter" in entry:
             _check_state(f"{what}: state_dict", entry, sum(each.size for each in group["params"]))
 
-    def _step(self, closure: Callable[[], Any] | None = None, *, grads: Any = None) -> Any:
+    def _run(self, closure: Callable[[], Any] | None, grads: Any, what: Asked | None) -> Any:
+        if what is not None:
+            raise TypeError("LBFGS takes gradients many times in a step: it has no max_norm, nonfinite and zero_grad")
         if grads is not None:
             raise TypeError("LBFGS takes gradients from the closure's parameters alone, step must not get grads=")
         if not callable(closure):
             raise TypeError(f"closure is a {type(closure).__name__}, must be callable: LBFGS calls it many times")
-        return self._workspace.step_by(self._search, closure)
+        losses: list[Any] = []
+        self._workspace.step_by(lambda *_: losses.append(self._search(closure)), self)
+        return losses[0]
 
     def _search(self, closure: Callable[[], Any]) -> Any:
         """A step; whatever it has changed is put back if it raises."""

@@ -12,11 +12,14 @@ from cpython.list cimport PyList_SetItem
 from cpython.object cimport PyObject, PyObject_CallFunctionObjArgs
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF
+from libc.math cimport isfinite
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from pyopt._engine cimport STATES, Work
+from pyopt._engine cimport AVERAGES, STATES, Averaged, Rule, Work
+from pyopt._norms cimport Batch
 from pyopt._step cimport (
-    COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
+    COUNTS, FILL, IDLE, KERNEL, LEFT, MOST_STEPS, Average, Plan, Row, View, Workspace, end_of, hold, is_dense,
+    same_order, same_shape,
 )
 
 import sys
@@ -25,6 +28,8 @@ from struct import pack
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from pyopt.parameter import overlaps_itself
 
 
 # The part of DLPack (https://dmlc.github.io/dlpack) that is used; its ABI is stable within a major version.
@@ -63,6 +68,8 @@ cdef object is_inference = Tensor.is_inference
 cdef object increment_version = torch._C._increment_version  # not its wrapper in Python, which a signal could stop
 cdef object is_grad_enabled = torch.is_grad_enabled
 cdef object set_grad_enabled = torch._C._set_grad_enabled
+cdef object zero_all = torch._foreach_zero_
+cdef double INFINITY = float("inf")
 cdef bint takes_lists = True
 try:
     increment_version([])
@@ -89,6 +96,10 @@ use_exchange_api(True)
 
 cdef bint calls_false(method, PyObject *tensor) except -1:
     return PyObject_CallFunctionObjArgs(method, tensor, NULL) is False
+
+
+cdef bint is_plain(tensor) noexcept:
+    return type(tensor) is parameter_type or type(tensor) is tensor_type
 
 
 cdef uint64_t mixed(uint64_t digest, const void *pointer) noexcept:
@@ -129,6 +140,48 @@ def raise_versions(list tensors):
             increment_version(tensor)
 
 
+def is_strided(tensor):
+    """Whether a tensor, or the local part of one, is no sparse one."""
+    return tensor.layout is torch.strided
+
+
+def power_sum(tensor, power, scale):
+    """The sum of (|x| * scale)**power over a tensor of any kind, its largest |x| for inf."""
+    tensor = tensor.detach()
+    if not is_strided(tensor):
+        tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.values()
+    if hasattr(tensor, "full_tensor"):  # a DTensor: all processes compute it
+        tensor = tensor.full_tensor()
+    if tensor.numel() == 0:
+        return 0.0
+    dtype = torch.complex128 if tensor.is_complex() else torch.float64
+    tensor = tensor if scale == 1 else tensor.to(dtype) * scale
+    norm = float(torch.linalg.vector_norm(tensor, power, dtype=dtype))
+    return norm if power == INFINITY else norm ** power
+
+
+def average_by_torch(average, param, weight):
+    """Move an average towards its parameter, in torch's operations."""
+    with torch.no_grad():
+        param = param.to(average.dtype)
+        way = param - average
+        weight = torch.tensor(weight, dtype=average.dtype).item()
+        # not lerp_, which rounds once less than the kernels
+        average.copy_(average + way.mul_(weight) if weight < 0.5 else param - way.mul_(1 - weight))
+
+
+def exchange_by_torch(dict kept, average, param):
+    """Let an average and its parameter change places; kept holds averages that the parameter's type would round."""
+    with torch.no_grad():
+        before = kept.pop(param, None)
+        if before is None:
+            before = param.clone()
+            if average.dtype != param.dtype:
+                kept[param] = average.clone()
+        param.copy_(average)
+        average.copy_(before)
+
+
 def describe(tensor):
     """dtype, layout and device, as far as they are not the usual ones."""
     words = [str(tensor.dtype).removeprefix("torch.")]
@@ -161,9 +214,40 @@ def distributed_tensor_type():
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+cdef bint view_tensor(PyObject *tensor, View *v, list layouts) except -1:
+    """Read what a tensor is; whether it is one of float32 or float64 on the CPU. layouts holds what v points to."""
+    cdef DLTensor t
+    cdef int axis
+    v.unit = 0
+    if exchange != NULL:
+        if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
+            PyErr_Clear()  # sparse, meta and other tensors without memory
+            return False
+        if t.device_type != CPU or t.type_code != FLOAT or t.type_lanes != 1 or t.type_bits not in (32, 64):
+            return False
+        v.data = <char *>t.data + t.byte_offset
+        v.shape, v.strides, v.ndim = t.shape, t.strides, t.ndim
+        v.itemsize = t.type_bits // 8
+    else:
+        if not is_ordinary(<object>tensor):
+            return False
+        v.ndim = (<object>tensor).dim()
+        layout = pack(f"{2 * v.ndim}q", *(<object>tensor).size(), *(<object>tensor).stride())
+        layouts.append(layout)
+        v.data = <char *><size_t>(<object>tensor).data_ptr()
+        v.shape = <const int64_t *>PyBytes_AsString(layout)
+        v.strides = v.shape + v.ndim
+        v.itemsize = (<object>tensor).element_size()
+    v.unit = v.itemsize
+    v.size = 1
+    for axis in range(v.ndim):
+        v.size *= v.shape[axis]
+    return v.data != NULL or v.size == 0  # gradients that are known to be zero have no memory
+
+
 cdef class TensorWorkspace(Workspace):
     """The steps of one torch optimizer."""
-    # Of this step: per row that is left [why, its memory, whether torch has stepped it].
+    # Of this step: per row that is left [why, its memory, whether torch has done what there is to do].
     cdef dict left
     cdef bint dry  # only to say what would be done
     # The tensors that are written. A list as long, made anew, has malloc tidy up all gradients freed since.
@@ -203,7 +287,7 @@ cdef class TensorWorkspace(Workspace):
         cdef View p
         if (<Plan>self.new_plans[row.group]).names is None:
             return optimizer.reason((<Plan>self.new_plans[row.group]).options)
-        if type(param) is not parameter_type and type(param) is not tensor_type:
+        if not is_plain(param):
             if type(param) is distributed_tensor_type() and as_local(param) is not None:
                 return None
             return f"it is a {type(param).__name__}, not a plain tensor"
@@ -229,41 +313,14 @@ cdef class TensorWorkspace(Workspace):
         row.route = LEFT
         row.careful = True
         row.must_copy = row.has_copy = False
-        begin, end = extent(<object>row.grad)
+        begin, end = (0, 0) if row.grad == NULL else extent(<object>row.grad)
         row.read.begin = <char *><size_t>begin
         row.read.end = <char *><size_t>end
         self.again = True
         return 0
 
     cdef bint view(self, PyObject *tensor, View *v) except -1:
-        """Read what a tensor is; whether it is one of float32 or float64 on the CPU."""
-        cdef DLTensor t
-        cdef int axis
-        v.unit = 0
-        if exchange != NULL:
-            if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
-                PyErr_Clear()  # sparse, meta and other tensors without memory
-                return False
-            if t.device_type != CPU or t.type_code != FLOAT or t.type_lanes != 1 or t.type_bits not in (32, 64):
-                return False
-            v.data = <char *>t.data + t.byte_offset
-            v.shape, v.strides, v.ndim = t.shape, t.strides, t.ndim
-            v.itemsize = t.type_bits // 8
-        else:
-            if not is_ordinary(<object>tensor):
-                return False
-            v.ndim = (<object>tensor).dim()
-            layout = pack(f"{2 * v.ndim}q", *(<object>tensor).size(), *(<object>tensor).stride())
-            self.layouts.append(layout)
-            v.data = <char *><size_t>(<object>tensor).data_ptr()
-            v.shape = <const int64_t *>PyBytes_AsString(layout)
-            v.strides = v.shape + v.ndim
-            v.itemsize = (<object>tensor).element_size()
-        v.unit = v.itemsize
-        v.size = 1
-        for axis in range(v.ndim):
-            v.size *= v.shape[axis]
-        return v.data != NULL or v.size == 0  # gradients that are known to be zero have no memory
+        return view_tensor(tensor, v, self.layouts)
 
     # --- collect ------------------------------------------------------------------------------------------------------
 
@@ -279,9 +336,9 @@ cdef class TensorWorkspace(Workspace):
         param, grad = <object>row.param, <object>row.grad
         if row.route == LEFT:
             return self.leave(row, index, None)
-        if type(param) is not parameter_type and type(param) is not tensor_type:
+        if not is_plain(param):
             if type(param) is distributed_tensor_type():
-                if (<Plan>self.new_plans[row.group]).rule.kernel.finish != NULL:
+                if not row.beside and (<Plan>self.new_plans[row.group]).rule.kernel.finish != NULL:
                     return self.leave(row, index, "it is a DTensor, and its rule needs sums over the whole of it")
                 parts = as_local(param, grad)
                 if parts is None:
@@ -382,15 +439,18 @@ cdef class TensorWorkspace(Workspace):
         cdef View p, s, g
         cdef int j
         cdef uint64_t digest
-        cdef bint in_order
+        cdef bint in_order, fills
         if row.route == IDLE:
             return False
         if row.route == LEFT:
             if not self.left[index][2]:
                 for begin, end in self.left[index][1]:
                     self.add_written(index, <char *><size_t>begin, <char *><size_t>end)
+            if self.clearing == FILL and row.grad != NULL:
+                self.add_gradient(row, index, NULL)
             return False
-        reason = self.unfit(row.data, &p)
+        reason = None if row.grad != NULL or is_plain(<object>row.data) else "it is no plain tensor"
+        reason = reason or self.unfit(row.data, &p)
         if reason is not None:
             self.leave(row, index, reason)
             return False
@@ -399,7 +459,7 @@ cdef class TensorWorkspace(Workspace):
         w.is_double = p.itemsize == 8
         w.stream[0] = p.data
         self.add_written(index, p.data, end_of(&p))
-        for j in range(self.n_counts):
+        for j in range(0 if row.beside else self.n_counts):
             if self.unsteady and not self.view_count(row, j):
                 self.leave(row, index, f"its state {self.count_names[j]!r} changes")
                 return False
@@ -418,8 +478,13 @@ cdef class TensorWorkspace(Workspace):
             digest = mixed(mixed(digest, row.state[j]), s.data)
             w.stream[2 + j] = s.data
             self.add_written(index, s.data, end_of(&s))
+        if self.averages and not self.look_at_averages(row, index, &p, w, &digest):
+            return False
         if not self.look_closer(row, index, digest):
             return False
+        w.stream[1] = NULL
+        if row.grad == NULL:
+            return True
         if not self.view(row.grad, &g) or g.itemsize != p.itemsize:
             self.leave(row, index, f"its gradient is a {describe(<object>row.grad)} tensor")
             return False
@@ -427,27 +492,115 @@ cdef class TensorWorkspace(Workspace):
             self.leave(row, index, f"its gradient has shape {tuple((<object>row.grad).shape)}")
             return False
         w.stream[1] = g.data
-        if row.has_copy:  # row.read is where the gradient itself lies
-            return True
-        in_order = same_order(&p, &g)
-        row.read.begin = g.data
-        row.read.end = g.data + (g.size * g.itemsize if in_order else reach(&g))
-        if not in_order or <size_t>g.data % g.itemsize or not calls_false(is_neg, row.grad):
-            row.must_copy = True
+        fills = self.clearing == FILL and self.add_gradient(row, index, &g)
+        if not row.has_copy:  # row.read stays where the gradient itself lies
+            in_order = same_order(&p, &g)
+            row.must_copy = not in_order or <size_t>g.data % g.itemsize != 0 or not calls_false(is_neg, row.grad)
+            row.read.begin = g.data
+            row.read.end = g.data + (g.size * g.itemsize if in_order else reach(&g))
+        if fills:  # it is written too, and as such looked at for what it shares
+            row.read.begin = row.read.end = NULL
+            w.clears = not row.must_copy and not row.has_copy and not (<object>row.grad).requires_grad
         return True
+
+    cdef bint add_gradient(self, Row *row, Py_ssize_t index, const View *g) except -1:
+        """Note that a gradient will be filled with zeros, where torch would too; whether it will. g: of one in view."""
+        if row.keeps_gradient:
+            return False
+        if not row.has_copy:
+            grad = <object>row.grad
+            if g != NULL and is_dense(g):
+                row.filled.begin, row.filled.end = g.data, end_of(g)
+            else:
+                begin, end = extent(grad)
+                row.filled.begin, row.filled.end = <char *><size_t>begin, <char *><size_t>end
+                row.keeps_gradient = not is_strided(grad) or overlaps_itself(grad.shape, grad.stride())
+            if row.keeps_gradient or not calls_false(is_inference, row.grad):
+                row.keeps_gradient = True
+                return False
+        self.add_written(index, row.filled.begin, row.filled.end, True)
+        return True
+
+    cdef bint look_at_averages(self, Row *row, Py_ssize_t index, const View *p, Work *w, uint64_t *digest) except -1:
+        """Look at the averages of a parameter and note that they are written."""
+        cdef Averaged *at = self.averages_of(self.n_work)
+        cdef Py_ssize_t j, n = len(self.averages)
+        cdef PyObject *tensor
+        cdef View a
+        w.averaged = at
+        for j in range(n):
+            average, weight = self.averaged[index * n + j]
+            tensor = <PyObject *>average
+            if row.data != row.param and type(<object>tensor) is not tensor_type:
+                parts = as_local(<object>row.param, <object>tensor)
+                if parts is None:
+                    self.leave(row, index, "it is a DTensor, and its average is placed otherwise")
+                    return False
+                self.averaged[index * n + j] = parts[1], weight
+                tensor = <PyObject *>parts[1]
+            if (type(<object>tensor) is not tensor_type or not self.view(tensor, &a) or a.itemsize != p.itemsize
+                    or not same_shape(p, &a) or not same_order(p, &a) or <size_t>a.data % a.itemsize):
+                self.leave(row, index, "its average is of another dtype, shape or memory order")
+                return False
+            digest[0] = mixed(mixed(digest[0], tensor), a.data)
+            at[j].data, at[j].weight = a.data, weight
+            self.add_written(index, a.data, end_of(&a))
+        return True
+
+    cdef object first_average(self, Row *row, Py_ssize_t index):
+        cdef bint recording = set_recording(False)
+        param = <object>row.param
+        try:
+            average = torch.empty_like(param, dtype=torch.promote_types(param.dtype, torch.float32),
+                                       memory_format=torch.preserve_format, requires_grad=False)
+            return average.copy_(param)
+        finally:
+            set_recording(recording)
+
+    def copied(self, what, like, values):
+        """A copy of an average that was saved, for the place of `like`."""
+        cdef bint recording = set_recording(False)
+        try:
+            try:
+                values = torch.as_tensor(values)
+            except (RuntimeError, TypeError, ValueError):
+                raise TypeError(f"{what}: average is a {type(values).__name__}, must be a tensor") from None
+            if values.shape != like.shape or values.dtype != like.dtype:
+                raise ValueError(f"{what}: average is {values.dtype} of shape {tuple(values.shape)}, must be "
+                                 f"{like.dtype} of shape {tuple(like.shape)}")
+            return torch.empty_like(like, memory_format=torch.preserve_format).copy_(values)
+        finally:
+            set_recording(recording)
+
+    cdef double left_sum(self, Row *row, double power, double scale) except? -1:
+        return power_sum(<object>row.grad, power, scale)
+
+    cdef bint has_finite_gradient(self, Row *row) except -1:
+        return isfinite(<double>power_sum(<object>row.grad, INFINITY, 1))
+
+    cdef int fill(self, list grads) except -1:
+        for grad in grads:
+            if grad.requires_grad:
+                grad.detach_() if grad.grad_fn is not None else grad.requires_grad_(False)
+        if grads:
+            zero_all(grads)
+        return 0
 
     cdef bint look_closer(self, Row *row, Py_ssize_t index, uint64_t digest) except -1:
         """Whether the memory holds the numbers themselves, not their negatives, and may be written to by us."""
-        cdef PyObject *each[1 + COUNTS + STATES]
+        cdef PyObject *each[1 + COUNTS + STATES + AVERAGES]
         cdef int n = 1, j
         each[0] = row.data
-        for j in range(self.n_counts):
+        for j in range(0 if row.beside else self.n_counts):
             each[n] = row.count[j]
             n += 1
         for j in range(STATES):
             if row.state[j] != NULL:
                 each[n] = row.state[j]
                 n += 1
+        for j in range(len(self.averages)):
+            each[n] = <PyObject *>self.averaged[index * len(self.averages) + j][0]
+            n += 1
         for j in range(n):
             what = "it" if j == 0 else "its state"
             if not calls_false(is_neg, each[j]):
@@ -477,7 +630,7 @@ cdef class TensorWorkspace(Workspace):
         return 0
 
     cdef bint settle(self, optimizer) except -1:
-        """Copy gradients into the memory order of their parameters; then have torch step what is left to it."""
+        """Copy gradients into the memory order of their parameters; then have torch do what is left to it."""
         cdef Py_ssize_t k
         if self.again:
             self.unsteady = True
@@ -488,19 +641,31 @@ cdef class TensorWorkspace(Workspace):
                 self.unsteady = self.again = True
         if self.left and self.shared_numbers:  # what all are summed for has no part by the kernels
             for k in range(self.n_rows):
-                self.leave_sharing(k, "its step follows from sums over all parameters, of which one is left to torch")
+                if not self.rows[k].beside:
+                    self.leave_sharing(k, "its step follows from sums over all parameters, of which one is left to "
+                                          "torch")
         if self.again or self.dry or not self.left:
             return False
-        remaining = []
-        for k, found in sorted(self.left.items()):
-            if not found[2]:
-                found[2] = True
-                self.rows[k].read.begin = self.rows[k].read.end = NULL
-                remaining.append((self.rows[k].group, <object>self.rows[k].param))
+        if self.needs_norm and not self.norm_known:
+            self.take_norm()
+        if self.skips:
+            return False
+        remaining = [k for k, found in sorted(self.left.items()) if not found[2]]
         if not remaining:
             return False
         self.unsteady = True
-        optimizer.step_by_torch(remaining, self.gradient_factor)
+        for k in remaining:
+            self.left[k][2] = True
+            self.rows[k].read.begin = self.rows[k].read.end = NULL
+        stepped = [(self.rows[k].group, <object>self.rows[k].param) for k in remaining if not self.rows[k].beside]
+        if stepped:
+            optimizer.step_by_torch(stepped, self.gradient_factor * self.clip)
+        for k in remaining if self.averages else []:
+            for each in self.averaged[k * len(self.averages):(k + 1) * len(self.averages)]:
+                if self.exchanging:
+                    exchange_by_torch((<Average>self.averages[0]).kept, each[0], <object>self.rows[k].param)
+                else:
+                    average_by_torch(each[0], <object>self.rows[k].param, each[1])
         return True
 
     cdef int copy_gradient(self, Row *row, Py_ssize_t k) except -1:
@@ -529,14 +694,20 @@ cdef class TensorWorkspace(Workspace):
             row = &self.rows[k]
             if row.route != KERNEL:
                 continue
-            n = self.touch(n, row.param)
-            if row.data != row.param:
-                n = self.touch(n, row.data)
-            for j in range(self.n_counts):
+            if not row.beside or self.exchanging:
+                n = self.touch(n, row.param)
+                if row.data != row.param:
+                    n = self.touch(n, row.data)
+            for j in range(0 if row.beside else self.n_counts):
                 n = self.touch(n, row.count[j])
             for j in range(STATES):
                 if row.state[j] != NULL:
                     n = self.touch(n, row.state[j])
+        for average, _ in self.averaged:
+            n = self.touch(n, <PyObject *>average)
+        for k in range(self.n_work):
+            if self.work[k].clears:
+                n = self.touch(n, self.rows[self.work[k].row].grad)
         del self.touched[n:]
         raise_versions(self.touched)
         return 0
@@ -579,3 +750,41 @@ cdef bint set_recording(bint record) except -1:
 
 cdef double read(Row *row, int j) noexcept:
     return (<double *>row.count_at[j])[0] if row.count_size[j] == 8 else (<float *>row.count_at[j])[0]
+
+
+cdef class TensorBatch(Batch):
+    """Gradients that are gone over at once: those of `places`; the others are torch's to do.
+
+    copied: those whose numbers were copied, into the memory order of their parameters or side by side.
+    """
+    cdef readonly list places, copied
+
+    def __init__(self, list grads, list params):
+        """params: the parameters, in whose memory order sums are taken, or None."""
+        cdef View g, p
+        cdef PyObject *tensor
+        cdef Py_ssize_t k
+        cdef list layouts = []
+        self.places, self.copied = [], []
+        for k in range(len(grads)):
+            tensor = <PyObject *>grads[k]
+            if not is_plain(grads[k]) or not view_tensor(tensor, &g, layouts):
+                continue
+            p = g
+            if params[k] is not None and not (is_plain(params[k]) and view_tensor(<PyObject *>params[k], &p, layouts)
+                                              and same_shape(&p, &g)):
+                continue
+            held = grads[k]
+            if (not same_order(&p, &g) or not is_dense(&g) or <size_t>g.data % g.itemsize
+                    or not calls_false(is_neg, tensor)):
+                like = held if params[k] is None else params[k]
+                held = torch.empty_like(like, memory_format=torch.preserve_format, dtype=held.dtype,
+                                        requires_grad=False).copy_(held.detach())
+                self.copied.append(grads[k])
+                view_tensor(<PyObject *>held, &g, layouts)
+            self.add(g.data, g.size, g.itemsize == 8, held)
+            self.places.append(k)
+
+    def apply(self, Rule rule, dict scalars):
+        raise_versions(self.held)
+        Batch.apply(self, rule, scalars)

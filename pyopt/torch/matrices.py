@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import pyopt
 from pyopt._matrix import Writes
 from pyopt._options import check_options
+from pyopt._step import Asked
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizers._prepared import Array, PreparedOptimizer, in_order
 from pyopt.optimizers.muon import COEFFICIENTS, learning_rate, one_of
@@ -26,19 +28,25 @@ Group = dict[str, Any]
 class PreparedWorkspace(TensorWorkspace):
     """The steps of one optimizer of matrices."""
 
-    def step(self, optimizer: Any, grads: list[Any] | None = None, gradient_factor: float = 1) -> None:
-        self.step_by(self._step, optimizer, gradient_factor)
+    def step(
+        self,
+        optimizer: Any,
+        grads: list[Any] | None = None,
+        gradient_factor: float = 1,
+        asked: Asked | None = None,
+    ) -> None:
+        self.step_by(partial(self._prepare_all, optimizer), optimizer, grads, gradient_factor, asked)
 
     @torch.no_grad()
-    def _step(self, side: Side, factor: float) -> None:
+    def _prepare_all(self, side: Side, grads: None, factor: float) -> Writes:
         rows: list[tuple[int, Tensor]] = []
         left: list[tuple[int, Tensor]] = []
-        for index, p, reason in self._rows(side, factor):
+        for index, p, reason in self._rows(side):
             if p.grad is not None:
                 (rows if reason is None else left).append((index, p))
         entered = [p for _, p in rows if p not in side.state]
         try:
-            self._step_rows(side, factor, rows, left)
+            return self._prepare_rows(side, factor, rows, left)
         except BaseException:
             for p in entered:
                 if not side.state[p]:
@@ -46,7 +54,9 @@ class PreparedWorkspace(TensorWorkspace):
             raise
 
     @staticmethod
-    def _step_rows(side: Side, factor: float, rows: list[tuple[int, Tensor]], left: list[tuple[int, Tensor]]) -> None:
+    def _prepare_rows(
+        side: Side, factor: float, rows: list[tuple[int, Tensor]], left: list[tuple[int, Tensor]]
+    ) -> Writes:
         core: type[PreparedOptimizer] = side.core  # type: ignore[assignment]
         writes = Writes()
         touched = []
@@ -64,7 +74,7 @@ class PreparedWorkspace(TensorWorkspace):
                 writes.add_copy(count.numpy(), np.array(step, count.numpy().dtype))
                 touched.append(count)
             data = p.detach().numpy()
-            g = in_order(data, p.grad.detach().numpy())
+            g = in_order(data, (p.grad.detach() if factor == 1 else p.grad.detach() * factor).numpy())
             core.prepare(writes, group, step, data, g, {name: each.numpy() for name, each in state.items()})
             touched += [p, *state.values()]
             if made:
@@ -72,14 +82,14 @@ class PreparedWorkspace(TensorWorkspace):
         if left:
             side.step_by_torch(left, factor)
         _tensors.raise_versions(touched)
-        writes.apply()
+        return writes
 
     def explain(self, optimizer: Any) -> list[tuple[int, Tensor, str | None]]:
         """Per row (group, parameter, why the next step leaves it to torch or None); nothing is changed."""
         with self:
-            return self._rows(optimizer, 1)
+            return self._rows(optimizer)
 
-    def _rows(self, side: Side, factor: float) -> list[tuple[int, Tensor, str | None]]:
+    def _rows(self, side: Side) -> list[tuple[int, Tensor, str | None]]:
         core: type[PreparedOptimizer] = side.core  # type: ignore[assignment]
         rows: list[tuple[int, Tensor, str | None]] = []
         written, read = [], []
@@ -87,7 +97,7 @@ class PreparedWorkspace(TensorWorkspace):
             group = {**core.later, **plain(live)}
             for p in live["params"]:
                 entry = side.state.get(p) or {}
-                rows.append((index, p, reason_for(core, side, group, p, entry, factor)))
+                rows.append((index, p, reason_for(core, side, group, p, entry)))
                 if p.grad is not None:
                     written += [p, *(each for each in entry.values() if isinstance(each, Tensor))]
                     read.append(p.grad)
@@ -101,12 +111,8 @@ def has_state(core: type[PreparedOptimizer], entry: Any) -> bool:
     return not core.state_names.keys().isdisjoint(entry)
 
 
-def reason_for(
-    core: type[PreparedOptimizer], side: Side, group: Group, p: Any, entry: Any, factor: float
-) -> str | None:
+def reason_for(core: type[PreparedOptimizer], side: Side, group: Group, p: Any, entry: Any) -> str | None:
     """Why a parameter is left to torch, None if it is not."""
-    if factor != 1:
-        return "its gradient has a scale"
     if (reason := why_not("it", p)) or (p.grad is not None and (reason := why_not("its gradient", p.grad))):
         return reason
     if not is_dense(p.shape, p.stride(), 1):

@@ -15,13 +15,16 @@ from torch.autograd import forward_ad, profiler
 from torch.optim import optimizer as torch_optimizer
 
 import pyopt
+from pyopt import checks
 from pyopt._options import check_options
+from pyopt._step import Average, asked
 from pyopt.torch._tensors import TensorWorkspace
 from pyopt.torch.fallback import step_by_torch
 
 Group = dict[str, Any]
 Step = Callable[..., Any]
 
+NO_AVERAGES: list[Average] = []
 GLOBAL_PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
 GLOBAL_POST_HOOKS = torch_optimizer._global_optimizer_post_hooks
 
@@ -122,6 +125,7 @@ class KernelStepMixin:
     param_groups: list[Group]
     _optimizer_step_pre_hooks: dict[int, Any]
     _optimizer_step_post_hooks: dict[int, Any]
+    _averages: list[Average] = NO_AVERAGES
     grad_scale = FromScaler()
     found_inf = FromScaler()
 
@@ -134,8 +138,20 @@ class KernelStepMixin:
             cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
 
     @hooked_where_somebody_looks
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, once; returns what the closure returned, or None."""
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | None = None,
+        nonfinite: str = "apply",
+        zero_grad: bool | str = False,
+    ) -> Any:
+        """Update every parameter that has a gradient, once; returns what the closure returned, or None.
+
+        max_norm, nonfinite and zero_grad are those of pyopt.Optimizer.step: clipping, the refusal of NaN and inf, and
+        zeros for the gradients, in the pass over memory that the step is.
+        """
+        what = asked(max_norm, nonfinite, zero_grad)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -143,16 +159,41 @@ class KernelStepMixin:
         attributes = self.__dict__
         factor = 1.0
         if "_pyopt_found_inf" in attributes and float(getattr(self, "found_inf", 0) or 0):
+            if zero_grad:
+                super().zero_grad(zero_grad == "set_to_none")  # type: ignore[misc]
             return loss
         if "_pyopt_grad_scale" in attributes:
             scale = getattr(self, "grad_scale", None)
             factor = 1.0 if scale is None else float(torch.as_tensor(scale, dtype=torch.float64).reciprocal())
+        workspace = attributes.get("_pyopt_workspace") or workspace_of(self)
         if is_observed():
-            groups = enumerate(self.param_groups)
-            self._step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
+            workspace.step_by(self._step_observed, self._side(self), None, factor, what)
         else:
-            (attributes.get("_pyopt_workspace") or workspace_of(self)).step(self._side(self), None, factor)
+            workspace.step(self._side(self), None, factor, what)
         return loss
+
+    def _step_observed(self, grads: list[Any] | None, factor: float) -> None:
+        groups = enumerate(self.param_groups)
+        self._step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
+
+    def _stage(self) -> tuple[TensorWorkspace, Side]:
+        """The workspace of the steps, and what it asks."""
+        return workspace_of(self), self._side(self)
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """The norm of all gradients in the last step that computed it, for max_norm or nonfinite; None before."""
+        return workspace_of(self).last_grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped for a norm that was not finite; can be set."""
+        return workspace_of(self).skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, steps: int) -> None:
+        checks.count("skipped_steps", steps)
+        workspace_of(self).skipped_steps = steps
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and not in the middle of a step of another thread."""
@@ -176,7 +217,7 @@ class Side:
     it holds nothing from before. Every class of the catalogue has a subclass, with what its core declares.
     """
 
-    __slots__ = ("defaults", "optimizer", "param_groups", "state")
+    __slots__ = ("_averages", "defaults", "optimizer", "param_groups", "state")
     core: ClassVar[type[pyopt.Optimizer]]
     rule: ClassVar[Any]
     counts_steps: ClassVar[bool]
@@ -188,6 +229,7 @@ class Side:
     def __init__(self, optimizer: KernelStepMixin) -> None:
         self.optimizer = optimizer
         self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+        self._averages = optimizer._averages
 
     def check_group(self, group: Group) -> None:
         """torch checks in its constructors alone."""
