@@ -7,7 +7,12 @@ except ModuleNotFoundError as error:
     if error.name == "pyopt._engine":
         error.msg += ": this copy of pyopt is not built; in a clone run `pip install -e .`, or leave its folder"
     raise
+from pyopt import averaging as averaging
 from pyopt import lr_scheduler as lr_scheduler
+from pyopt.clipping import clip_grad_norm_ as clip_grad_norm_
+from pyopt.clipping import clip_grad_value_ as clip_grad_value_
+from pyopt.clipping import clip_grads_with_norm_ as clip_grads_with_norm_
+from pyopt.clipping import get_total_norm as get_total_norm
 from pyopt.config import show_config as show_config
 from pyopt.decay import no_decay as no_decay
 from pyopt.files import load as load
