@@ -125,8 +125,8 @@ def test_bits_of_views_of_one_memory() -> None:
     """The shape of dense memory, and where it lies, do not matter."""
     g = spread((30, 170), "float32")
     views = [g, g.reshape(-1), g.reshape(2, 15, 170)]
-    moved = np.empty(g.nbytes + 64, np.uint8)
     for offset in (4, 20, 64):
+        moved = np.empty(g.nbytes + 64, np.uint8)
         views.append(moved[offset : offset + g.nbytes].view(np.float32).reshape(g.shape))
         views[-1][...] = g
         assert len({pyopt.get_total_norm([v]) for v in views}) == 1

@@ -10,6 +10,10 @@ from typing import Any
 import torch.optim
 
 from pyopt.decay import no_decay as no_decay
+from pyopt.torch.clipping import clip_grad_norm_ as clip_grad_norm_
+from pyopt.torch.clipping import clip_grad_value_ as clip_grad_value_
+from pyopt.torch.clipping import clip_grads_with_norm_ as clip_grads_with_norm_
+from pyopt.torch.clipping import get_total_norm as get_total_norm
 from pyopt.torch.convert import from_torch as from_torch
 from pyopt.torch.convert import to_torch as to_torch
 from pyopt.torch.explain import explain as explain
