@@ -1,18 +1,16 @@
 """Train a small network to read handwritten digits: plain NumPy, and pyopt where one would use torch.optim.
 
 python examples/train_digits.py --optimizer Lion --plot curve.png
-python examples/train_digits.py --epochs 10 --save half.npz
-python examples/train_digits.py --epochs 20 --resume half.npz  # the same, bit for bit, as 20 epochs in one go
+python examples/train_digits.py --epochs 10 --save half.safetensors
+python examples/train_digits.py --resume half.safetensors  # the same, bit for bit, as 20 epochs in one go
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +23,14 @@ import pyopt
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 HIDDEN, BATCH = 256, 32
+WARMUP, HORIZON = 1, 20  # epochs in which the learning rate rises, and at whose end it is down to 0
 OPTIMIZERS: dict[str, partial[Any]] = {
     "SGD": partial(pyopt.SGD, lr=0.1, momentum=0.9),
     "Adam": partial(pyopt.Adam, lr=2e-3),
     "AdamW": partial(pyopt.AdamW, lr=2e-3),
     "RMSprop": partial(pyopt.RMSprop, lr=1e-3),
     "Adagrad": partial(pyopt.Adagrad, lr=2e-2),
-    "Lion": partial(pyopt.Lion, lr=2.5e-4),
+    "Lion": partial(pyopt.Lion, lr=5e-4),
 }
 
 
@@ -82,51 +81,21 @@ def load_data() -> tuple[Floats, Floats, Labels, Labels]:
     return x_train - mean, x_test - mean, y_train, y_test
 
 
-def save_checkpoint(path: str, network: Network, optimizer: pyopt.Optimizer, run: dict[str, Any]) -> None:
-    """Write an .npz file without pickle: one JSON string, and the arrays that it refers to."""
-    arrays: dict[str, Any] = {}
-
-    def refer(array: NDArray[Any]) -> dict[str, str]:
-        arrays[name := f"array{len(arrays)}"] = array
-        return {"array": name}
-
-    parameters = {p.name: p.data for p in network.parameters}
-    text = json.dumps({"run": run, "parameters": parameters, "optimizer": optimizer.state_dict()}, default=refer)
-    with open(path, "wb") as file:  # savez would append .npz to a mere path
-        np.savez(file, json=text, **arrays)
-
-
-def load_checkpoint(path: str, network: Network, optimizer: pyopt.Optimizer, run: dict[str, Any]) -> None:
-    """Continue from a checkpoint; ValueError, with nothing changed, if it does not fit."""
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            saved = json.loads(str(file["json"]), object_hook=lambda d: file[d["array"]] if "array" in d else d)
-        for key in ("optimizer", "seed", "hidden"):
-            if saved["run"][key] != run[key]:
-                raise ValueError(f"its {key} is {saved['run'][key]}, not {run[key]}")
-        state = {int(index): entry for index, entry in saved["optimizer"]["state"].items()}  # JSON made them str
-        optimizer.load_state_dict({**saved["optimizer"], "state": state})
-    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile) as error:
-        raise ValueError(f"cannot resume from {path}: {error}") from None
-    for p in network.parameters:
-        p.data[...] = saved["parameters"][p.name]
-    run.update(saved["run"])
-
-
-def plot(path: str, run: dict[str, Any]) -> None:
-    """Draw loss and accuracy over the epochs."""
+def plot(path: str, name: str, run: dict[str, Any]) -> None:
+    """Draw loss, accuracy and learning rate over the epochs."""
     from matplotlib.figure import Figure  # without pyplot it draws with Agg, which needs no display
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    figure.suptitle(f"{run['optimizer']} on handwritten digits")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    figure.suptitle(f"{name} on handwritten digits")
     epochs = range(1, len(run["loss"]) + 1)
-    left.semilogy(epochs, run["loss"], ".-")
-    left.set_ylabel("training loss (cross-entropy)")
-    right.plot(epochs, [100 * accuracy for accuracy in run["accuracy"]], ".-")
-    right.set_ylabel("test accuracy (%)")
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
+    curves = {
+        "training loss (cross-entropy)": run["loss"],
+        "test accuracy of the averaged weights (%)": [100 * accuracy for accuracy in run["accuracy"]],
+        "learning rate at the end of the epoch": run["lr"],
+    }
+    for axes, (label, values) in zip(figure.subplots(1, 3), curves.items(), strict=True):
+        axes.plot(epochs, values, ".-")
+        axes.set(xlabel="epoch", ylabel=label, yscale="log" if "loss" in label else "linear")
         axes.locator_params(axis="x", integer=True)
     figure.savefig(path, dpi=150)
 
@@ -136,54 +105,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = ", ".join(f"{make.keywords['lr']} for {name}" for name, make in OPTIMIZERS.items())
     parser = argparse.ArgumentParser(description="Train a small network to read handwritten digits.")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="Adam", help="default: Adam")
-    parser.add_argument("--lr", type=float, help=f"learning rate; default: the checkpoint's, or {defaults}")
+    parser.add_argument("--lr", type=float, help=f"peak learning rate; default: the checkpoint's, or {defaults}")
     parser.add_argument("--epochs", type=int, default=20, help="in total, with those resumed from; default: 20")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches; default: 0")
     parser.add_argument("--plot", metavar="PNG", help="draw the learning curve")
-    parser.add_argument("--save", metavar="NPZ", help="write a checkpoint at the end")
-    parser.add_argument("--resume", metavar="NPZ", help="continue from a checkpoint")
+    parser.add_argument("--save", metavar="FILE", help="write a checkpoint at the end")
+    parser.add_argument("--resume", metavar="FILE", help="continue from a checkpoint")
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error(f"seed == {args.seed}, must be >= 0")
 
     x_train, x_test, y_train, y_test = load_data()
     network = Network(np.random.default_rng([args.seed, 0]))
-    run = {"optimizer": args.optimizer, "seed": args.seed, "hidden": HIDDEN, "loss": [], "accuracy": []}
-    lr = {} if args.lr is None else {"lr": args.lr}
+    steps = len(x_train) // BATCH  # the incomplete last batch is dropped
+    run: dict[str, Any] = {"seed": args.seed, "loss": [], "accuracy": [], "lr": []}
     try:
-        optimizer = OPTIMIZERS[args.optimizer](network.parameters, **lr)
+        optimizer = OPTIMIZERS[args.optimizer](network.parameters, **({} if args.lr is None else {"lr": args.lr}))
+        schedule = pyopt.lr_scheduler.WarmupCosineLR(
+            optimizer, warmup_steps=WARMUP * steps, total_steps=HORIZON * steps
+        )
+        average = pyopt.averaging.EMA(optimizer, decay=0.99, warmup=10)
         if args.resume:
-            load_checkpoint(args.resume, network, optimizer, run)
-            for group in optimizer.param_groups:
-                group.update(lr)
-    except ValueError as error:
-        parser.error(str(error))
+            run = pyopt.load(args.resume, optimizer, schedulers=[schedule], averages=[average])
+            if args.lr is not None:
+                schedule.base_lrs = [args.lr]
+                schedule.step(schedule.last_epoch)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        parser.error(f"cannot resume from {args.resume}: {error}" if args.resume else str(error))
+    if run["seed"] != args.seed:
+        parser.error(f"cannot resume from {args.resume}: its seed is {run['seed']}, not {args.seed}")
     done = len(run["loss"])
     if args.epochs < max(done, 1):
         parser.error(f"epochs == {args.epochs}, must be >= {max(done, 1)}")
 
     bar = tqdm(range(done + 1, args.epochs + 1), desc=args.optimizer, initial=done, total=args.epochs, unit="epoch")
     for epoch in bar:
-        # Seeded by the epoch, so that a checkpoint need not hold a generator; the incomplete last batch is dropped.
+        # Seeded by the epoch, so that a checkpoint need not hold a generator.
         order = np.random.default_rng([args.seed, epoch]).permutation(len(x_train))
         losses = []
-        for batch in order[: len(order) // BATCH * BATCH].reshape(-1, BATCH):
-            optimizer.zero_grad()
+        for batch in order[: steps * BATCH].reshape(steps, BATCH):
             logits = network.forward(x_train[batch])
             loss, dlogits = cross_entropy(logits, y_train[batch])
             network.backward(dlogits)
-            optimizer.step()
+            optimizer.step(max_norm=1.0)
+            schedule.step()
             losses.append(loss)
-        accuracy = float((network.forward(x_test).argmax(axis=1) == y_test).mean())
+        with average.swapped():
+            accuracy = float((network.forward(x_test).argmax(axis=1) == y_test).mean())
         run["loss"].append(float(np.mean(losses)))
         run["accuracy"].append(accuracy)
+        run["lr"].append(schedule.get_last_lr()[0])
         bar.set_postfix(loss=f"{run['loss'][-1]:.4f}", accuracy=f"{accuracy:.1%}")
 
     print(f"test accuracy: {100 * run['accuracy'][-1]:.1f} % ({args.optimizer})")
     if args.save:
-        save_checkpoint(args.save, network, optimizer, run)
+        pyopt.save(args.save, optimizer, schedulers=[schedule], averages=[average], extra=run)
     if args.plot:
-        plot(args.plot, run)
+        plot(args.plot, args.optimizer, run)
 
 
 if __name__ == "__main__":

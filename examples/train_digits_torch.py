@@ -32,9 +32,10 @@ from tqdm import tqdm
 import pyopt.torch
 
 BATCH = 32  # of all processes together
+WARMUP, HORIZON = 1, 15  # epochs in which the learning rate rises, and at whose end it is down to 0
 LIBRARIES: dict[str, Any] = {"pyopt": pyopt.torch, "torch": torch.optim}  # a program of yours imports one of them
 OPTIMIZERS: dict[str, dict[str, float]] = {
-    "SGD": {"lr": 0.05, "momentum": 0.9},
+    "SGD": {"lr": 0.1, "momentum": 0.9},
     "Adam": {"lr": 2e-3},
     "AdamW": {"lr": 2e-3},
     "RMSprop": {"lr": 1e-3},
@@ -57,7 +58,7 @@ def make_network(seed: int) -> nn.Sequential:
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
 
 
-def load_checkpoint(path: str, network: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> None:
+def load_checkpoint(path: str, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, run: Any) -> None:
     """Continue from a checkpoint, of however many processes, of either library; ValueError if it does not fit."""
     try:
         saved = torch.load(path, weights_only=True)
@@ -66,6 +67,7 @@ def load_checkpoint(path: str, network: nn.Module, optimizer: torch.optim.Optimi
                 raise ValueError(f"its {key} is {saved['run'][key]}, not {run[key]}")
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["state"])
+        schedule.load_state_dict(saved["schedule"])
         run.update(saved["run"])
     except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, UnpicklingError) as error:
         raise ValueError(f"cannot resume from {path}: {error}") from None
@@ -106,10 +108,13 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, rank: int, 
     lr = {} if args.lr is None else {"lr": args.lr}
     try:
         optimizer = make(model.parameters(), **OPTIMIZERS[args.optimizer] | lr)
+        steps = len(loader)
+        schedule = pyopt.lr_scheduler.WarmupCosineLR(optimizer, WARMUP * steps, HORIZON * steps)
         if args.resume:
-            load_checkpoint(args.resume, network, optimizer, run)
-            for group in optimizer.param_groups:
-                group.update(lr)
+            load_checkpoint(args.resume, network, optimizer, schedule, run)
+            if lr:
+                schedule.base_lrs = [args.lr]
+                schedule.step(schedule.last_epoch)
     except ValueError as error:
         parser.error(str(error))
     done = len(run["accuracy"])
@@ -125,7 +130,9 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, rank: int, 
             logits = model(x)
             loss = loss_function(logits, y)
             loss.backward()
+            pyopt.torch.clip_grad_norm_(network.parameters(), 1.0)  # not step(max_norm=1): ZeRO steps a part of them
             optimizer.step()
+            schedule.step()
             run["losses"].append(loss.item())
         if rank == 0:
             with torch.no_grad():
@@ -138,7 +145,8 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace, rank: int, 
     if rank == 0:
         print(f"test accuracy: {100 * run['accuracy'][-1]:.1f} % ({args.optimizer})")
         if args.save:
-            torch.save({"run": run, "network": network.state_dict(), "state": optimizer.state_dict()}, args.save)
+            states = {"state": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            torch.save({"run": run, "network": network.state_dict(), **states}, args.save)
         if args.losses:
             with open(args.losses, "w") as file:
                 json.dump(run["losses"], file)
@@ -151,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = ", ".join(f"{options['lr']} for {name}" for name, options in OPTIMIZERS.items())
     parser = argparse.ArgumentParser(description="Train a small CNN to read handwritten digits.")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="AdamW", help="default: AdamW")
-    parser.add_argument("--lr", type=float, help=f"learning rate; default: the checkpoint's, or {defaults}")
+    parser.add_argument("--lr", type=float, help=f"peak learning rate; default: the checkpoint's, or {defaults}")
     parser.add_argument("--epochs", type=int, default=15, help="in total, with those resumed from; default: 15")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches; default: 0")
     parser.add_argument("--optim", choices=LIBRARIES, default="pyopt", help="whose optimizer; default: pyopt")

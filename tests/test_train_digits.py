@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_digits.py"
 RESULT = re.compile(r"test accuracy: (\d+\.\d) % \((\w+)\)\n")
@@ -28,8 +29,13 @@ def example() -> ModuleType:
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
     """What a checkpoint holds."""
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+    return safetensors.numpy.load_file(path)
+
+
+def document(path: Path) -> str:
+    """What it says besides."""
+    with safetensors.safe_open(path, framework="np") as file:
+        return file.metadata()["document"]
 
 
 def error(example: ModuleType, capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -79,7 +85,7 @@ def test_accuracy(name, example, capsys):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resume_bit_for_bit(name, example, tmp_path, capsys):
-    straight, half, resumed = (tmp_path / f"{stem}.npz" for stem in ("straight", "half", "resumed"))
+    straight, half, resumed = (tmp_path / stem for stem in ("straight", "half", "resumed"))
     common = ["--optimizer", name, "--seed", "7"]
     example.main([*common, "--epochs", "6", "--save", str(straight)])
     first = capsys.readouterr().out
@@ -88,7 +94,7 @@ def test_resume_bit_for_bit(name, example, tmp_path, capsys):
     example.main([*common, "--epochs", "6", "--resume", str(half), "--save", str(resumed)])
     assert capsys.readouterr().out == first
     a, b = arrays(straight), arrays(resumed)
-    assert list(a) == list(b) and len(a) > 5
+    assert list(a) == list(b) and len(a) > 5 and document(straight) == document(resumed)
     for key in a:
         assert a[key].dtype == b[key].dtype and a[key].shape == b[key].shape
         assert a[key].tobytes() == b[key].tobytes(), key
@@ -99,7 +105,7 @@ def test_seeds_differ(example, tmp_path):
     for seed in ("0", "1"):
         example.main(["--epochs", "1", "--seed", seed, "--save", str(tmp_path / seed)])
     a, b = arrays(tmp_path / "0"), arrays(tmp_path / "1")
-    assert all((a[key] != b[key]).any() for key in a)
+    assert all((a[key] != b[key]).any() for key in a if key.startswith("parameters"))
 
 
 def test_resume_takes_the_lr_of_the_checkpoint_unless_told(example, tmp_path):
@@ -107,8 +113,8 @@ def test_resume_takes_the_lr_of_the_checkpoint_unless_told(example, tmp_path):
     example.main(["--lr", "0.125", "--epochs", "1", "--save", saved])
     example.main(["--epochs", "2", "--resume", saved, "--save", kept])
     example.main(["--lr", "0.25", "--epochs", "2", "--resume", saved, "--save", changed])
-    assert '"lr": 0.125' in str(arrays(Path(kept))["json"])
-    assert '"lr": 0.25' in str(arrays(Path(changed))["json"])
+    assert re.search(r'"base_lrs": *\[[^]]*0\.125', document(Path(kept)))
+    assert re.search(r'"base_lrs": *\[[^]]*0\.25', document(Path(changed)))
 
 
 def test_plot(example, tmp_path):
@@ -142,7 +148,7 @@ def test_unknown_optimizer(example, capsys):
 @pytest.fixture(scope="module")
 def checkpoint(example, tmp_path_factory) -> Path:
     """Two epochs of AdamW, whose state Adam itself would accept."""
-    path = tmp_path_factory.mktemp("checkpoint") / "adamw.npz"
+    path = tmp_path_factory.mktemp("checkpoint") / "adamw.safetensors"
     example.main(["--optimizer", "AdamW", "--epochs", "2", "--save", str(path)])
     return path
 
@@ -150,7 +156,7 @@ def checkpoint(example, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
 def test_checkpoint_of_another_optimizer(name, example, checkpoint, capsys):
     message = error(example, capsys, "--optimizer", name, "--resume", checkpoint)
-    assert f"cannot resume from {checkpoint}: its optimizer is AdamW, not {name}" in message
+    assert f"cannot resume from {checkpoint}: " in message and "AdamW" in message and name in message
 
 
 def test_checkpoint_of_another_run(example, checkpoint, capsys, monkeypatch):
@@ -158,15 +164,14 @@ def test_checkpoint_of_another_run(example, checkpoint, capsys, monkeypatch):
     assert "its seed is 0, not 1" in error(example, capsys, *common, "--seed", 1)
     assert "epochs == 1, must be >= 2" in error(example, capsys, *common, "--epochs", 1)
     monkeypatch.setattr(example, "HIDDEN", 128)
-    assert "its hidden is 256, not 128" in error(example, capsys, *common)
+    assert "shape (64, 256)" in error(example, capsys, *common)
 
 
 def test_no_checkpoint(example, checkpoint, tmp_path, capsys):
     truncated, text, other, single, objects = (tmp_path / name for name in ("truncated", "text", "other", "a.npy", "o"))
     truncated.write_bytes(checkpoint.read_bytes()[:-1000])
-    text.write_text("no zip file")
-    with open(other, "wb") as file:
-        np.savez(file, weights=np.zeros(3))
+    text.write_text("no such file")
+    safetensors.numpy.save_file({"weights": np.zeros(3)}, other)
     np.save(single, np.zeros(3))
     with open(objects, "wb") as file:
         np.savez(file, json=np.array({"run": None}, dtype=object))

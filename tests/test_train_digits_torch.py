@@ -161,8 +161,8 @@ def test_resume_takes_the_lr_of_the_checkpoint_unless_told(example, tmp_path):
     example.main(["--lr", "0.0125", "--epochs", "1", "--save", str(saved)])
     example.main(["--epochs", "1", "--resume", str(saved), "--save", str(kept)])
     example.main(["--lr", "0.025", "--epochs", "1", "--resume", str(saved), "--save", str(changed)])
-    assert [group["lr"] for group in load(kept)["state"]["param_groups"]] == [0.0125]
-    assert [group["lr"] for group in load(changed)["state"]["param_groups"]] == [0.025]
+    assert load(kept)["schedule"]["base_lrs"] == [0.0125]
+    assert load(changed)["schedule"]["base_lrs"] == [0.025]
 
 
 def test_plot(example, tmp_path):
