@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import pyopt
+import pyopt.files
 import pyopt.lr_scheduler
 import pyopt.optimizers
 
@@ -34,15 +35,24 @@ def test_model_in_a_dict() -> None:
     assert np.allclose(names["model"]["head"]["b"], -0.1)
 
 
+def test_gradients_of_several_batches() -> None:
+    names: dict = {}
+    exec(BLOCKS[2], names)
+    w = names["w"]
+    first = np.full(2, 0.1) / (np.sqrt(2) + 1e-6)  # the gradient, [-1, -1], clipped to norm 1
+    second = (1 - first) * 0.1 / max(1, np.sqrt(2) * (1 - first[0]) + 1e-6)
+    assert np.allclose(w.data, first + second, rtol=1e-12) and w.grad.tolist() == [0, 0]
+
+
 def test_torch_loop(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    exec(BLOCKS[3], {})
+    exec(BLOCKS[4], {})
     assert capsys.readouterr().out.count("  pyopt\n") == 2
 
 
 def test_own_optimizer() -> None:
     names: dict = {}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[3], names)
     p = pyopt.Parameter(np.ones(2), grad=np.array([3.0, -4.0]))
     optimizer = names["SignSGD"]([p], lr=0.25)
     optimizer.step()
@@ -50,7 +60,7 @@ def test_own_optimizer() -> None:
     assert np.allclose(optimizer.state_dict()["state"][0]["momentum_buffer"], [0.3, -0.4])
 
 
-PACKAGES = [pyopt, pyopt.lr_scheduler, pyopt.optimizers] + ([pyopt.torch] if find_spec("torch") else [])
+PACKAGES = [pyopt, pyopt.files, pyopt.lr_scheduler, pyopt.optimizers] + ([pyopt.torch] if find_spec("torch") else [])
 
 
 MODULES = [
