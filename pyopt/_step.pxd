@@ -92,7 +92,7 @@ cdef class Plan:
 
 
 cdef class Asked:
-    cdef double max_norm
+    cdef double max_norm, gradient_factor
     cdef int nonfinite, clearing
     cdef bint needs_norm
 

@@ -4,7 +4,7 @@ from typing import Any
 
 class Asked: ...
 
-def asked(max_norm: float | None, nonfinite: str, zero_grad: bool | str) -> Asked | None: ...
+def asked(max_norm: float | None, nonfinite: str, zero_grad: bool | str, gradient_factor: float) -> Asked | None: ...
 
 class Average:
     arrays: dict[Any, Any]
@@ -31,16 +31,16 @@ class Workspace:
         self,
         optimizer: Any,
         grads: list[Any] | None = None,
-        gradient_factor: float = 1,
         asked: Asked | None = None,
+        gradient_factor: float = 1,
     ) -> None: ...
     def step_by(
         self,
         function: Callable[[list[Any] | None, float], Any],
         optimizer: Any,
         grads: list[Any] | None = None,
-        gradient_factor: float = 1,
         asked: Asked | None = None,
+        gradient_factor: float = 1,
     ) -> None: ...
     def exchange(self, optimizer: Any, average: Average) -> None: ...
     def follow(self, optimizer: Any, average: Average) -> None: ...

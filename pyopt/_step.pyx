@@ -184,9 +184,11 @@ cdef enum:  # what a norm that is not finite does
 
 
 cdef class Asked:
-    """The arguments of a step, checked: `max_norm`, `nonfinite`, `zero_grad`."""
+    """The arguments of a step, checked: `max_norm`, `nonfinite`, `zero_grad`, `gradient_factor`."""
 
-    def __init__(self, max_norm, nonfinite, zero_grad):
+    def __init__(self, max_norm, nonfinite, zero_grad, gradient_factor):
+        number("gradient_factor", gradient_factor)
+        self.gradient_factor = gradient_factor
         if max_norm is not None:
             if max_norm != INFINITY:
                 number("max_norm", max_norm, above=0)
@@ -200,11 +202,12 @@ cdef class Asked:
         self.needs_norm = max_norm is not None or self.nonfinite != APPLY
 
 
-def asked(max_norm, nonfinite, zero_grad):
+def asked(max_norm, nonfinite, zero_grad, gradient_factor):
     """What a step is asked for, None where it is for nothing."""
-    if max_norm is None and nonfinite == "apply" and zero_grad is False:
+    if (max_norm is None and nonfinite == "apply" and zero_grad is False and type(gradient_factor) is float
+            and gradient_factor == 1):
         return None
-    return Asked(max_norm, nonfinite, zero_grad)
+    return Asked(max_norm, nonfinite, zero_grad, gradient_factor)
 
 
 cdef class Average:
@@ -347,11 +350,11 @@ cdef class Workspace:
 
     # --- the walk -----------------------------------------------------------------------------------------------------
 
-    def step(self, optimizer, list grads=None, double gradient_factor=1, Asked asked=None):
+    def step(self, optimizer, list grads=None, Asked asked=None, double gradient_factor=1):
         """One step of the optimizer's rule on every parameter that has a gradient: all of it, or an error and nothing.
 
         grads, where given, stand for the parameters' own, in the order of the groups; each is taken times
-        gradient_factor.
+        gradient_factor and that of `asked`.
         """
         cdef double *sums
         self.begin(False)
@@ -379,7 +382,7 @@ cdef class Workspace:
             self.end()
             self.give_back()
 
-    def step_by(self, function, optimizer, list grads=None, double gradient_factor=1, Asked asked=None):
+    def step_by(self, function, optimizer, list grads=None, Asked asked=None, double gradient_factor=1):
         """One step by function(grads, gradient_factor), and what rides along; all of it where an Outcome is returned.
 
         It is the only one of this optimizer that runs.
@@ -400,7 +403,7 @@ cdef class Workspace:
                 if self.skips:
                     self.skip()
                     return
-            outcome = function(grads, gradient_factor * self.clip)
+            outcome = function(grads, self.gradient_factor * self.clip)
             try:
                 if rides:
                     self.look(optimizer)
@@ -457,6 +460,7 @@ cdef class Workspace:
         cdef Average average
         self.last_grad_norm = None
         if asked is not None:
+            self.gradient_factor *= asked.gradient_factor
             self.max_norm, self.needs_norm = asked.max_norm, asked.needs_norm
             self.nonfinite, self.clearing = asked.nonfinite, asked.clearing
             self.has_extras = self.clearing == FILL

@@ -32,6 +32,8 @@ from pyopt.parameter import (
 )
 
 Grads = Iterable[Any] | Mapping[str, Any]
+# The arguments of a step that a hook does not see unless they are given.
+USUAL = {"grads": None, "max_norm": None, "nonfinite": "apply", "zero_grad": False, "gradient_factor": 1.0}
 
 
 class Optimizer(Hooked):
@@ -156,6 +158,7 @@ class Optimizer(Hooked):
         max_norm: float | None = None,
         nonfinite: str = "apply",
         zero_grad: bool | str = False,
+        gradient_factor: float = 1.0,
     ) -> Any:
         """Update every parameter that has a gradient, once.
 
@@ -171,6 +174,7 @@ class Optimizer(Hooked):
                 ValueError that names the parameter; "skip" leaves all as it is and adds 1 to `skipped_steps`.
             zero_grad: True fills the gradients with zeros in the same pass, one that is read-only becomes None;
                 "set_to_none" makes all of them None. After a step that was skipped too.
+            gradient_factor: what every gradient counts times in this step: 1 / n for the sums of n batches.
 
         Returns:
             What the closure returned, or None.
@@ -182,15 +186,15 @@ class Optimizer(Hooked):
             RuntimeError: another thread is in step() of this optimizer; an average has changed places with the
                 parameters.
         """
-        what = asked(max_norm, nonfinite, zero_grad)
+        what = asked(max_norm, nonfinite, zero_grad, gradient_factor)
         if grads is not None and zero_grad:
             raise ValueError(f"zero_grad == {zero_grad!r} clears the parameters' own gradients, but grads= were given")
         if not (self._step_pre_hooks or self._step_post_hooks or global_step_pre_hooks or global_step_post_hooks):
             return self._run(closure, grads, what)
         args = () if closure is None else (closure,)
         given = {"grads": grads, "max_norm": max_norm, "nonfinite": nonfinite, "zero_grad": zero_grad}
-        usual = {"grads": None, "max_norm": None, "nonfinite": "apply", "zero_grad": False}
-        kwargs = {name: value for name, value in given.items() if value is not usual[name]}
+        given["gradient_factor"] = gradient_factor
+        kwargs = {name: value for name, value in given.items() if value is not USUAL[name]}
         return self._step_with_hooks(self._step, *args, **kwargs)
 
     def _step(
@@ -201,8 +205,9 @@ class Optimizer(Hooked):
         max_norm: float | None = None,
         nonfinite: str = "apply",
         zero_grad: bool | str = False,
+        gradient_factor: float = 1.0,
     ) -> Any:
-        return self._run(closure, grads, asked(max_norm, nonfinite, zero_grad))
+        return self._run(closure, grads, asked(max_norm, nonfinite, zero_grad, gradient_factor))
 
     def _run(self, closure: Callable[[], Any] | None, grads: Grads | None, what: Asked | None) -> Any:
         if closure is not None and not callable(closure):
@@ -219,9 +224,9 @@ class Optimizer(Hooked):
     def _move(self, grads: list[Any] | None, what: Asked | None) -> None:
         """The step itself, with the gradients in order, or None for the parameters' own."""
         if self.rule is not None:
-            self._workspace.step(self, grads, 1, what)
+            self._workspace.step(self, grads, what)
         else:
-            self._workspace.step_by(partial(update_all, self), self, grads, 1, what)
+            self._workspace.step_by(partial(update_all, self), self, grads, what)
 
     def _stage(self) -> tuple[ArrayWorkspace, Optimizer]:
         """The workspace of the steps, and what it asks."""

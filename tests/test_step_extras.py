@@ -681,3 +681,28 @@ def test_interrupted_at_any_call(cls: Any, options: Any, case: str) -> None:
         if not reached:
             break
     assert counts["before"] and counts["after"]
+
+
+@every
+def test_gradient_factor_is_a_multiple_of_the_gradients(cls: Any, options: Any) -> None:
+    """Bits of steps with gradients multiplied before, by a power of 2; the norm is that of the multiples."""
+    ours, plain = alike(cls, options)
+    for step in range(3):
+        set_gradients(ours, plain, seed=step)
+        before = gradient_bits(ours)
+        for p in params_of(plain):
+            if p.grad is not None:
+                p.grad = np.asarray(p.grad * p.grad.dtype.type(0.25))
+        ours.step(gradient_factor=0.25, max_norm=0.5)
+        plain.step(max_norm=0.5)
+        assert gradient_bits(ours) == before and ours.last_grad_norm == plain.last_grad_norm
+        assert numbers(ours) == numbers(plain)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1", None, True])
+def test_bad_gradient_factor(value: Any) -> None:
+    (opt,) = alike(pyopt.Adam, {}, 1)
+    before = numbers(opt)
+    with pytest.raises((TypeError, ValueError), match=r"gradient_factor == .*must be"):
+        opt.step(gradient_factor=value)
+    assert numbers(opt) == before

@@ -487,3 +487,15 @@ def test_interrupted_at_any_call(name: str, case: str) -> None:
         if not reached:
             break
     assert all(counts)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "LAMB", "Adafactor", "Lion"])
+def test_gradient_factor_is_a_multiple_of_the_gradients(name: str) -> None:
+    ours, plain = alike(name, {"lr": 0.1})
+    for step in range(3):
+        set_gradients(ours, plain, seed=step)
+        for p in parameters(plain):
+            p.grad = p.grad * 0.25
+        ours.step(gradient_factor=0.25, max_norm=0.5)
+        plain.step(max_norm=0.5)
+        assert numbers(ours) == numbers(plain)

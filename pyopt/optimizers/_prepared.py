@@ -77,7 +77,7 @@ class PreparedOptimizer(Optimizer):
             raise
 
     def _move(self, grads: list[Any] | None, what: Asked | None) -> None:
-        self._workspace.step_by(self._prepare_all, self, grads, 1, what)
+        self._workspace.step_by(self._prepare_all, self, grads, what)
 
     def _prepare_all(self, grads: list[Any] | None, factor: float) -> Writes:
         rows = self._rows_to_update(grads, factor)

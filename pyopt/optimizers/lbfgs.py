@@ -117,7 +117,9 @@ class LBFGS(Optimizer):
 
     def _run(self, closure: Callable[[], Any] | None, grads: Any, what: Asked | None) -> Any:
         if what is not None:
-            raise TypeError("LBFGS takes gradients many times in a step: it has no max_norm, nonfinite and zero_grad")
+            raise TypeError(
+                "LBFGS takes gradients many times in a step: no max_norm, nonfinite, zero_grad and gradient_factor"
+            )
         if grads is not None:
             raise TypeError("LBFGS takes gradients from the closure's parameters alone, step must not get grads=")
         if not callable(closure):

@@ -32,10 +32,10 @@ class PreparedWorkspace(TensorWorkspace):
         self,
         optimizer: Any,
         grads: list[Any] | None = None,
-        gradient_factor: float = 1,
         asked: Asked | None = None,
+        gradient_factor: float = 1,
     ) -> None:
-        self.step_by(partial(self._prepare_all, optimizer), optimizer, grads, gradient_factor, asked)
+        self.step_by(partial(self._prepare_all, optimizer), optimizer, grads, asked, gradient_factor)
 
     @torch.no_grad()
     def _prepare_all(self, side: Side, grads: None, factor: float) -> Writes:

@@ -145,13 +145,14 @@ class KernelStepMixin:
         max_norm: float | None = None,
         nonfinite: str = "apply",
         zero_grad: bool | str = False,
+        gradient_factor: float = 1.0,
     ) -> Any:
         """Update every parameter that has a gradient, once; returns what the closure returned, or None.
 
-        max_norm, nonfinite and zero_grad are those of pyopt.Optimizer.step: clipping, the refusal of NaN and inf, and
-        zeros for the gradients, in the pass over memory that the step is.
+        max_norm, nonfinite, zero_grad and gradient_factor are those of pyopt.Optimizer.step: clipping, the refusal of
+        NaN and inf, zeros for the gradients, and what they count times, in the pass over memory that the step is.
         """
-        what = asked(max_norm, nonfinite, zero_grad)
+        what = asked(max_norm, nonfinite, zero_grad, gradient_factor)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -167,9 +168,9 @@ class KernelStepMixin:
             factor = 1.0 if scale is None else float(torch.as_tensor(scale, dtype=torch.float64).reciprocal())
         workspace = attributes.get("_pyopt_workspace") or workspace_of(self)
         if is_observed():
-            workspace.step_by(self._step_observed, self._side(self), None, factor, what)
+            workspace.step_by(self._step_observed, self._side(self), None, what, factor)
         else:
-            workspace.step(self._side(self), None, factor, what)
+            workspace.step(self._side(self), None, what, factor)
         return loss
 
     def _step_observed(self, grads: list[Any] | None, factor: float) -> None:
