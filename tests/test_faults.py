@@ -121,6 +121,45 @@ def test_changed_betas_and_flags_are_used_after_an_interrupted_step(name):
         steps_right(opt, steps=1)
 
 
+@isolated
+def test_first_state_that_cannot_be_put_in_leaves_nothing_of_it():
+    """A key whose hash fails where the states of all parameters go into their entries, the last thing that can."""
+
+    class Key:
+        hashes = 1  # in the dict of the first state
+
+        def __hash__(self):
+            self.hashes -= 1
+            if self.hashes < 0:
+                raise KeyboardInterrupt
+            return 1
+
+    class Odd(Adam):
+        def new_state(self, p, group):
+            state = super().new_state(p, group)
+            return {**state, key: 1.0} if p is params[1] else state
+
+    key = Key()
+    params = [Parameter(random(4, seed=i), random(4, seed=9 + i)) for i in range(2)]
+    opt = Odd(params)
+    before = values(opt)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert values(opt) == before and not any(opt.state.values())
+    key.hashes = 10**6
+    opt.step()
+    assert [opt.state[p]["step"] for p in params] == [1, 1] and opt.state[params[1]][key] == 1.0
+
+
+@isolated
+def test_option_that_changes_inside_is_used():
+    """A list is the same object with other numbers in it."""
+    opt = Adam([Parameter(random(4), random(4, seed=1))], betas=[0.9, 0.999])
+    steps_right(opt)
+    opt.param_groups[0]["betas"][0] = 0.5
+    steps_right(opt)
+
+
 @pytest.mark.parametrize("name", OVERRIDES)
 @EACH
 @isolated
@@ -255,6 +294,16 @@ def test_data_that_lands_on_a_live_gradient():
     q.data = g[4:10]
     for _ in range(2):
         steps_right(opt, [g[:6], g[5:11]], steps=1)
+
+
+@isolated
+def test_data_that_lands_on_a_gradient_that_stays():
+    """The first row writes where the second one reads, later: only what is written has moved, not the gradient."""
+    p, q = params = [Parameter(random(6, seed=i), random(6, seed=9 + i)) for i in range(2)]
+    opt = SGD(params, lr=0.5, momentum=0.9)
+    steps_right(opt)
+    p.data = q.grad
+    steps_right(opt)
 
 
 @EACH
