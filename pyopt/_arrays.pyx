@@ -309,6 +309,8 @@ cdef class ArrayWorkspace(Workspace):
         cdef Row *row
         ranges = []
         for i in range(self.n_written):
+            if self.written[i].is_gradient:
+                continue
             row = &self.rows[self.written[i].row]
             what = label(self.written[i].row, <object>row.param)
             for j, name in enumerate(() if self.bare else (<Plan>self.new_plans[row.group]).names or ()):

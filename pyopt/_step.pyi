@@ -2,6 +2,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+MOST_AVERAGES: int
+
 class Asked: ...
 
 def asked(max_norm: float | None, nonfinite: str, zero_grad: bool | str, gradient_factor: float) -> Asked | None: ...

@@ -171,6 +171,7 @@ cdef object first_too_large(list numbers, exempt):
 
 # --- what a step may be asked for beside its rule ---------------------------------------------------------------------
 
+MOST_AVERAGES = AVERAGES  # of one optimizer
 cdef Rule AVERAGE = kernels.average
 cdef Rule EXCHANGE = kernels.exchange
 cdef Rule NOTHING = kernels.nothing
@@ -244,7 +245,7 @@ cdef class Swapped:
         self.average, self.workspace, self.optimizer = average, workspace, optimizer
 
     def __enter__(self):
-        for average in self.optimizer._averages:
+        for average in [self.average, *self.optimizer._averages]:
             if (<Average?>average).is_swapped:
                 raise RuntimeError("an average has changed places with the parameters already (swapped())")
         self.workspace.exchange(self.optimizer, self.average)

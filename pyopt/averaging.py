@@ -9,7 +9,7 @@ from itertools import starmap
 from operator import call
 from typing import Any, ClassVar
 
-from pyopt._step import Average, Swapped
+from pyopt._step import MOST_AVERAGES, Average, Swapped
 from pyopt.checks import at_least, count, fraction, non_negative
 from pyopt.parameter import label
 
@@ -25,13 +25,12 @@ class Averaging(Average):
     def __init__(self, optimizer: Any) -> None:
         if not hasattr(optimizer, "_stage"):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}, must be one of pyopt or pyopt.torch")
+        if len(optimizer._averages) == MOST_AVERAGES:
+            raise ValueError(f"the optimizer has {MOST_AVERAGES} averages already, must have at most so many")
         super().__init__()
         self.optimizer = optimizer
         self.require_all()
         optimizer._averages = [*optimizer._averages, self]
-        if len(optimizer._averages) > MOST:
-            self.detach()
-            raise ValueError(f"the optimizer has {MOST} averages already, must have at most so many")
 
     def __reduce__(self) -> Any:
         self._refuse_swapped()
@@ -170,9 +169,6 @@ class Averaging(Average):
 
 def _new(cls: type[Averaging]) -> Averaging:
     return cls.__new__(cls)
-
-
-MOST = 4  # of one optimizer: AVERAGES in _engine.pxd
 
 
 class EMA(Averaging):
