@@ -152,6 +152,30 @@ def test_first_state_that_cannot_be_put_in_leaves_nothing_of_it():
 
 
 @isolated
+def test_parameter_that_changes_while_its_first_state_is_entered():
+    """A hash of the user's own runs then: the arrays are looked at again."""
+
+    class Meddling(Parameter):
+        act = staticmethod(lambda: None)
+
+        def __hash__(self):
+            self.act()
+            return super().__hash__()
+
+    p = Meddling(random(4), random(4, seed=1))
+    opt = Adam([p])
+    before = p.data.copy()
+    p.act = lambda: in_place(p.data.flags, writeable=False)
+    with pytest.raises(ValueError, match="read-only"):
+        opt.step()
+    assert (p.data == before).all()
+    p.act = lambda: None
+    assert not opt.state[p]
+    p.data = before
+    steps_right(opt)
+
+
+@isolated
 def test_option_that_changes_inside_is_used():
     """A list is the same object with other numbers in it."""
     opt = Adam([Parameter(random(4), random(4, seed=1))], betas=[0.9, 0.999])
@@ -831,6 +855,17 @@ def test_order_of_the_parameter_changes_under_a_kept_gradient(cls, options):
         steps_right(opt)
     in_place(g, strides=(12, 4))
     steps_right(opt)
+
+
+@isolated
+def test_order_of_the_parameter_changes_under_a_copied_gradient():
+    """The private copy lies in memory as the parameter does now."""
+    p = Parameter(random((4, 4)))
+    opt = SGD([p], lr=0.5)
+    for order in "CFC":
+        p.data = random((4, 4)).copy(order)
+        p.grad = random((4, 8), seed=3)[:, ::2]
+        steps_right(opt)
 
 
 @EACH
@@ -1661,19 +1696,23 @@ def test_state_names_that_do_not_fit_the_rule(names):
 
 
 @isolated
-def test_own_rule_that_fails_half_way_can_go_on():
+def test_own_rule_that_fails_half_way_leaves_nothing_and_can_go_on():
     class Half(Optimizer):
         def update(self, p, g, state, group):
             state["n"] = state.get("n", 0) + 1
-            if self.fail:
-                raise ArithmeticError
             p -= group["lr"] * g
+            state.setdefault("sum", np.zeros_like(p))[...] += p
+            if self.fail and p is params[1].data:
+                raise ArithmeticError
 
-    p = Parameter(np.zeros(3), ones(3))
-    opt = Half([p], {"lr": 1.0})
-    for opt.fail in (True, False):
-        try:
+    params = [Parameter(np.zeros(3), ones(3)) for _ in range(2)]
+    opt = Half(params, {"lr": 1.0})
+    for steps in range(3):
+        before, opt.fail = values(opt), True
+        with pytest.raises(ArithmeticError):
             opt.step()
-        except ArithmeticError:
-            assert p.data.tolist() == [0, 0, 0]
-    assert p.data.tolist() == [-1, -1, -1]
+        assert values(opt) == before
+        opt.fail = False
+        opt.step()
+        assert [p.data.tolist() for p in params] == [[-1.0 - steps] * 3] * 2
+        assert [opt.state[p]["n"] for p in params] == [1 + steps] * 2

@@ -153,6 +153,20 @@ def path_of(line: str) -> str:
     return re.search(r"(?<![\w.])(pyopt|torch)(?![\w.])", line)[1]
 
 
+def test_another_dtype_under_a_gradient_in_another_order_stays_with_the_kernels(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The private copy of the gradient, which is kept from step to step, is not that of the old dtype."""
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = optim.SGD([p])
+    for dtype in (torch.float32, torch.float64):
+        p.grad = None
+        p.data = p.data.to(dtype)
+        p.grad = torch.ones(3, 4, dtype=dtype).T
+        assert [path_of(line) for line in explained(optimizer, capsys)] == ["pyopt"]
+        optimizer.step()
+
+
 @pytest.mark.parametrize("what", UNCOVERED)
 def test_explain(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     params = mixed([what])()

@@ -258,13 +258,17 @@ MUTATIONS = [
         ("and is_constant(value) for", "for", "an option that changes inside is not seen"),
         ("            let_go(&row.grad)\n", "", "gradients are held for ever"),
         ("        if self.armed:\n            self.disarm()\n", "", "a failed first step leaves state"),
-        ("if self.stepping and not wait:", "if False:", "a second thread waits instead of being told"),
         ("        if self.forks != forks:\n", "        if False:\n", "a child waits for a thread that does not exist"),
         (
             "            if self.enter_states():\n                self.look(optimizer)",
             "            self.enter_states()",
             "no look again",
         ),
+    ),
+    *of(
+        "pyopt/_step.pyx",
+        "tests/test_engine.py -k two_threads",
+        ("if self.stepping and not wait:", "if False:", "a second thread waits instead of being told"),
     ),
     *of(
         "pyopt/_arrays.pyx",
@@ -283,11 +287,6 @@ MUTATIONS = [
         "pyopt/torch/_tensors.pyx",
         "tests/test_torch_faults.py tests/test_torch_numbers.py tests/test_torch_state.py tests/test_torch_training.py",
         (
-            "                    or copy.dtype != data.dtype):",
-            "                    or False):",
-            "a copy of another dtype",
-        ),
-        (
             "(g.size * g.itemsize if in_order else reach(&g))",
             "g.size * g.itemsize",
             "how far a strided gradient reaches",
@@ -297,6 +296,15 @@ MUTATIONS = [
             "                if row.state[j] != NULL:\n                    n = self.touch(n, row.state[j])",
             "                pass",
             "versions of state are not raised",
+        ),
+    ),
+    *of(
+        "pyopt/torch/_tensors.pyx",
+        "tests/test_torch_mixed.py -k stays_with_the_kernels",
+        (
+            "                    or copy.dtype != data.dtype):",
+            "                    or False):",
+            "a copy of another dtype",
         ),
     ),
     *of(
