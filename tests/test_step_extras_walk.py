@@ -303,7 +303,8 @@ def play() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert all(DONE.values()), DONE
+    seldom = {"skipped", "raised"}  # which of the two comes is chance
+    assert all(n for what, n in DONE.items() if what not in seldom) and DONE["skipped"] + DONE["raised"], DONE
     print(DONE)
 
 

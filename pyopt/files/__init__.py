@@ -189,7 +189,8 @@ def _commit(
     for name, value in parts["counters"].items():
         if name in COUNTERS and hasattr(side.optimizer, name):
             count(name, value)
-            calls.append((setattr, side.optimizer, name, value))
+            workspace, _ = side.optimizer._stage()  # where the property keeps it: setting that would run Python code
+            calls.append((setattr, workspace, name, value))
     extra = decoded(parts["extra"], lambda name, is_tensor: side.own(name, mapped(name, is_tensor), is_tensor))
     states = {
         what: _matched(what, objects, parts[what])
