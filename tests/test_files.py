@@ -857,6 +857,16 @@ def test_not_strict_and_other_groups(tmp_path):
     assert by_name(new)["b"] == by_name(adam)["b"]
 
 
+def test_not_strict_numbers_of_all_groups(tmp_path):
+    """Prodigy's d stands in each group, and is one: that of the file."""
+    pyopt.save(tmp_path / "run", opt := of_names(({"a": 2}, {}), ({"b": 3}, {}), cls=pyopt.Prodigy, steps=5))
+    new = of_names(({"c": 2}, {}), ({"a": 2}, {}), cls=pyopt.Prodigy, seed=1)
+    result = pyopt.load(tmp_path / "run", new, strict=False)
+    assert result[1:] == (["parameters.c", "groups.0"], ["parameters.b", "groups.1"], {})
+    assert [g["d"] for g in new.param_groups] == [g["d"] for g in opt.param_groups] != [1e-6, 1e-6]
+    new.step(grads=[np.ones_like(p.data) for p in params_of(new)])
+
+
 DAMAGED = [name for name in WRONG if name not in ("schedulers", "scheduler class", "parameter")]
 
 

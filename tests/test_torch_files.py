@@ -541,6 +541,16 @@ def test_state_for_other_options(tmp_path):
     assert by_name(new)["a"][0] == by_name(opt)["a"][0]
 
 
+@needs_names
+def test_not_strict_numbers_of_all_groups(tmp_path):
+    """Prodigy's d stands in each group, and is one: that of the file."""
+    pyopt.save(tmp_path / "run", opt := of_names(({"a": (2,)}, {}), ({"b": (3,)}, {}), name="Prodigy", steps=5))
+    new = of_names(({"c": (2,)}, {}), ({"a": (2,)}, {}), name="Prodigy", seed=1)
+    pyopt.load(tmp_path / "run", new, strict=False)
+    assert [g["d"] for g in new.param_groups] == [g["d"] for g in opt.param_groups] != [1e-6, 1e-6]
+    step(new, 1)
+
+
 def test_not_strict_where_all_matches(tmp_path):
     opt = tensors("Adam", {"lr": 0.5}, torch.bfloat16, steps=2)
     average = pyopt.averaging.SWA(opt)

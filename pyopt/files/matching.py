@@ -217,10 +217,14 @@ def _match_state(match: Match, side: Side, state: dict[Any, Any], names: list[st
         match.mismatched["state"] = reason
         match.state = [None] * len(names)
     groups = [at for at, group in zip(match.groups, side.optimizer.param_groups, strict=True) for _ in group["params"]]
-    for i, (at, group) in enumerate(zip(match.state, groups, strict=True)):
-        entry = state.get(at)
-        if at is not None and group is None and isinstance(entry, dict) and (error := side.refused(i, entry)):
-            match.mismatched[f"state.{names[i]}"] = error
+    doubtful = {
+        i: state[at]
+        for i, (at, group) in enumerate(zip(match.state, groups, strict=True))
+        if at is not None and group is None and isinstance(state.get(at), dict)
+    }
+    if doubtful:
+        for i, reason in side.refused(doubtful).items():
+            match.mismatched[f"state.{names[i]}"] = reason
             match.state[i] = None
 
 

@@ -94,19 +94,23 @@ class Side:
             return ValueError(f"has shape {value.shape} in the file, must be {array.shape}")
         return None
 
-    def refused(self, index: int, entry: dict[str, Any]) -> str | None:
-        """Why an entry cannot be the state of a parameter with the options of its group."""
-        optimizer = self._checking()
+    def refused(self, entries: dict[int, dict[str, Any]]) -> dict[int, str]:
+        """Which entries cannot be the state of a parameter with the options of its group, and why."""
+        optimizer, labels, found = self._checking(), self._labels(), {}
         params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        try:
-            optimizer._check_entry(self._labels()[index], dict(entry), *params[index])
-        except (KeyError, TypeError, ValueError) as error:
-            return str(error.args[0])
-        return None
+        for i, entry in entries.items():
+            try:
+                optimizer._check_entry(labels[i], dict(entry), *params[i])
+            except (KeyError, TypeError, ValueError) as error:
+                found[i] = str(error.args[0])
+        return found
 
     def options(self, index: int) -> dict[str, Any]:
         """The options of a group as they are."""
         return {key: value for key, value in self.optimizer.param_groups[index].items() if key != "params"}
+
+    def _checking_class(self) -> Any:
+        return type(self.optimizer)
 
     def _checking(self) -> Any:
         """The optimizer of arrays that checks."""
@@ -128,15 +132,20 @@ class Side:
 
     def _leave(self, stay: Stay, groups: list[dict[str, Any]], state: Any) -> None:
         """Put into the new groups and state what stays as it is."""
+        # Numbers of the whole optimizer, which are the same in each group, are those of the file in all of them.
+        taken = next((group for i, group in enumerate(groups) if i not in stay.groups), {})
+        shared = {name: taken[name] for name in self._checking_class().shared_numbers if name in taken}
         for i in stay.groups:
-            groups[i] = self.optimizer.param_groups[i]
-        live, params = self.optimizer.state, self._params()
+            live = self.optimizer.param_groups[i]
+            groups[i] = {**live, **shared} if shared else live
+        state_now, params = self.optimizer.state, self._params()
         keys = [params[i] for i in stay.state]
         if stay.own:
-            keys += [key for key in live if key not in state and key not in set(params)]
+            known = set(params)
+            keys += [key for key in state_now if key not in state and key not in known]
         for key in keys:
-            if key in live:
-                state[key] = live[key]
+            if key in state_now:
+                state[key] = state_now[key]
 
     def last(self, groups: list[dict[str, Any]]) -> list[Call]:
         """What remains to be done when the schedulers have set lr in the groups."""

@@ -67,6 +67,9 @@ class TensorSide(Side):
     def options(self, index: int) -> dict[str, Any]:
         return _numbers(super().options(index))
 
+    def _checking_class(self) -> Any:
+        return self.core
+
     def _checking(self) -> Any:
         return self._twin()[0]
 
