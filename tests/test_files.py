@@ -867,6 +867,22 @@ def test_not_strict_numbers_of_all_groups(tmp_path):
     new.step(grads=[np.ones_like(p.data) for p in params_of(new)])
 
 
+def test_not_strict_and_another_mode(tmp_path):
+    """A parameter that a schedule-free optimizer has saved in evaluation is not taken for one in training."""
+    opt = of_names(({"a": 2, "b": 3}, {}), cls=pyopt.SGDScheduleFree, steps=2, lr=0.1)
+    opt.eval()
+    pyopt.save(tmp_path / "run", opt)
+    for train in (True, False):
+        new = of_names(({"a": 2}, {}), ({"b": 3}, {}), cls=pyopt.SGDScheduleFree, steps=1, seed=1, lr=0.1)
+        if not train:
+            new.eval()
+        before = by_name(new)
+        result = pyopt.load(tmp_path / "run", new, strict=False)
+        assert by_name(new) == (before if train else by_name(opt))
+        reason = "has train_mode False in the file, must be True"
+        assert result.mismatched.get("parameters.a") == (reason if train else None)
+
+
 DAMAGED = [name for name in WRONG if name not in ("schedulers", "scheduler class", "parameter")]
 
 

@@ -88,11 +88,19 @@ def matched(side: Side, saved_names: list[str], groups: list[Any], values: Seque
             "has other parameters than optimizer: "
             + " and ".join([f"not {absent}"] * bool(absent) + [f"{more}, which optimizer has not"] * bool(more))
         )
-    _match_groups(match, side, _group_of_each(groups, n), len(groups), given)
+    saved_group = _group_of_each(groups, n)
+    _match_groups(match, side, saved_group, len(groups), given)
+    live_group = [g for g, group in enumerate(side.optimizer.param_groups) for _ in group["params"]]
     for i, (array, at) in enumerate(zip(side.writable(), match.params, strict=True)):
         if not strict and at is not None and (error := side.unlike(array, values[at])):
             match.mismatched[f"parameters.{given[i]}"] = str(error)
             match.params[i] = None
+        elif at is not None and match.groups[live_group[i]] is None:
+            # A schedule-free optimizer has other numbers in a parameter in training and in evaluation.
+            mode = side.optimizer.param_groups[live_group[i]].get("train_mode")
+            if mode != (was := groups[saved_group[at]].get("train_mode")):
+                match.mismatched[f"parameters.{given[i]}"] = f"has train_mode {was} in the file, must be {mode}"
+                match.params[i] = None
     match.state = list(match.params)
     return match
 
@@ -157,7 +165,9 @@ def _match_groups(match: Match, side: Side, saved_group: list[int], n_groups: in
             _refuse_group(match, g, f"{a!r} and {b!r} stand in param groups {here[0]} and {here[1]} of the file")
         elif len(there) > 1:
             a, b = names[first[g, here[0]]], names[next(first[other, here[0]] for other in there if other != g)]
-            _refuse_group(match, g, f"{a!r} and {b!r}, which is in another here, stand in param group {here[0]}")
+            _refuse_group(
+                match, g, f"{a!r} and {b!r}, which is in another here, stand in param group {here[0]} of the file"
+            )
         else:
             match.groups[g] = here[0]
     taken = {*match.groups, *(f for _, f in first)}
