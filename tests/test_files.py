@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 import pyopt
 from apart import apart
 from catalogue import CASES, TYPES, Own, bits, go_on, make, params_of, random, values
-from pyopt import LBFGS, SGD, Adafactor, Adam, AdamW, Lion, Muon, Parameter
+from pyopt import LBFGS, SGD, Adafactor, Adam, AdamW, Lion, Muon, Parameter, averaging
 from pyopt._xxh64 import xxh64
 from pyopt.files import container, plain
 from pyopt.files.container import BEGIN, DIGITS, PIECE, ZEROS, Container
@@ -546,8 +546,9 @@ def test_other_optimizer(cls, kwargs, message, tmp_path):
 
 def test_other_names(tmp_path):
     pyopt.save(tmp_path / "run", SGD({"a": random(3), "b": random(3)}))
-    new = SGD({"b": np.zeros(3, np.float32), "a": np.zeros(3, np.float32)})
-    with pytest.raises(ValueError, match=r"has param_names \['a', 'b'\], must have \['b', 'a'\]"):
+    new = SGD({"b": np.zeros(3, np.float32), "c": np.zeros(3, np.float32)})
+    message = r"has other parameters than optimizer: not \['c'\] and \['a'\], which optimizer has not"
+    with pytest.raises(ValueError, match=message):
         pyopt.load(tmp_path / "run", new)
     assert not params_of(new)[0].data.any()
 
@@ -658,6 +659,316 @@ def test_hooks_run(tmp_path):
     pyopt.load(tmp_path / "run", opt)
     assert ran == ["saved", "loaded"]
     assert opt.param_groups[0]["lr"] == 0.25
+
+
+# --- what matches what ------------------------------------------------------------------------------------------------
+
+
+def of_names(*groups, cls=Adam, seed=0, steps=0, own_names=False, **options):
+    """An optimizer with groups of named parameters: {name: shape}, and the group's options."""
+
+    def params(shapes):
+        made = {name: random(shape, seed=sum(map(ord, name)) + seed) for name, shape in shapes.items()}
+        return [Parameter(a, name=name) for name, a in made.items()] if own_names else made
+
+    opt = cls([{"params": params(shapes), **each} for shapes, each in groups], **options)
+    for i in range(steps):
+        for p in params_of(opt):
+            p.grad = random(p.data.shape, seed=sum(map(ord, p.name)) + i)
+        opt.step()
+    return opt
+
+
+def by_name(opt):
+    return {p.name: value for p, value in zip(params_of(opt), values(opt), strict=True)}
+
+
+FILE = ({"a": (3, 4), "b": (2,)}, {"lr": 0.5}), ({"c": ()}, {"lr": 0.25, "mine": 1})
+
+
+@pytest.mark.parametrize("cls", [Adam, Lion, Adafactor, pyopt.Prodigy])
+@pytest.mark.parametrize("own_names", [False, True])
+def test_parameters_are_matched_by_name(cls, own_names, tmp_path):
+    """In any order of parameters and groups, and the run goes on as it would have."""
+    pyopt.save(tmp_path / "run", opt := of_names(*FILE, cls=cls, steps=2, own_names=own_names))
+    new = of_names(({"c": ()}, {}), ({"b": (2,), "a": (3, 4)}, {}), cls=cls, seed=1, own_names=own_names)
+    assert pyopt.load(tmp_path / "run", new) is None
+    assert by_name(new) == by_name(opt)
+    assert [(g["lr"], g.get("mine")) for g in new.param_groups] == [(0.25, 1), (0.5, None)]
+    for o in (opt, new):
+        for p in params_of(o):
+            p.grad = random(p.data.shape, seed=ord(p.name))
+        o.step()
+    assert by_name(new) == by_name(opt)
+
+
+def test_names_that_are_numbers(tmp_path):
+    """Names all the same."""
+    opt = SGD([Parameter(np.full(2, 5.0), name="0"), Parameter(np.full(2, 6.0), name="1")])
+    pyopt.save(tmp_path / "run", opt)
+    new = SGD([Parameter(np.zeros(2), name="1"), Parameter(np.zeros(2), name="0")])
+    pyopt.load(tmp_path / "run", new)
+    assert [p.data[0] for p in params_of(new)] == [6, 5]
+
+
+@pytest.mark.parametrize("named_file", [True, False])
+def test_by_place_where_only_one_has_names(named_file, tmp_path):
+    named, numbered = SGD({"b": np.full(2, 5.0), "a": np.full(2, 6.0)}), SGD([np.full(2, 7.0), np.full(2, 8.0)])
+    first, second = (named, numbered) if named_file else (numbered, named)
+    pyopt.save(tmp_path / "run", first)
+    pyopt.load(tmp_path / "run", second)
+    assert values(second) == values(first)
+
+
+@pytest.mark.parametrize(
+    "groups, message",
+    [
+        (
+            [({"a": (3, 4)}, {}), ({"c": (), "b": (2,)}, {})],
+            "param group 0: 'a' and 'b', which is in another here, stand",
+        ),
+        ([({"a": (3, 4), "b": (2,), "c": ()}, {})], "param group 0: 'a' and 'c' stand in param groups 0 and 1 of the"),
+        ([*FILE, ({"d": ()}, {})], r"has other parameters than optimizer: not \['d'\]$"),
+        ([FILE[0]], r"has other parameters than optimizer: \['c'\], which optimizer has not"),
+        ([*FILE, ({}, {})], "has no param group 2"),
+        ([({"c": ()}, {}), ({"a": (4, 3), "b": (2,)}, {})], r"parameter 'a' has shape \(3, 4\) in the file"),
+    ],
+)
+def test_what_does_not_match_is_an_error(groups, message, tmp_path):
+    """With its name, and nothing has changed."""
+    pyopt.save(tmp_path / "run", of_names(*FILE, steps=2))
+    new = of_names(*groups, seed=1, steps=1, own_names=not groups[-1][0])
+    before = seen(new)
+    with pytest.raises(ValueError, match=message):
+        pyopt.load(tmp_path / "run", new)
+    assert seen(new) == before
+
+
+def test_schedulers_know_groups_by_place(tmp_path):
+    opt = of_names(*FILE)
+    pyopt.save(tmp_path / "run", opt, schedulers=[CosineAnnealingLR(opt, T_max=9)])
+    new = of_names(*FILE[::-1])
+    schedule = CosineAnnealingLR(new, T_max=4)
+    before = seen(new, schedule)
+    with pytest.raises(ValueError, match=r"schedulers.0: it has numbers for each param group"):
+        pyopt.load(tmp_path / "run", new, schedulers=[schedule])
+    assert seen(new, schedule) == before
+    result = pyopt.load(tmp_path / "run", new, schedulers=[schedule], strict=False)
+    assert list(result.mismatched) == ["schedulers.0"]
+    assert schedule.T_max == 4
+    assert [g["lr"] for g in new.param_groups] == [0.25, 0.5]
+
+
+def test_lbfgs_has_one_state(tmp_path):
+    """Of all parameters in their order: it is not put together anew."""
+
+    def run(*names):
+        opt = LBFGS({name: random(3, seed=ord(name)) for name in names})
+        opt.step(lambda: closure(params_of(opt)))
+        return opt
+
+    pyopt.save(tmp_path / "run", opt := run("a", "b"))
+    new = run("b", "a")
+    before, state = bits_of((values(new), new.state_dict())), new.state[params_of(new)[0]]
+    with pytest.raises(ValueError, match="the state of LBFGS is one of all parameters in their order"):
+        pyopt.load(tmp_path / "run", new)
+    assert bits_of((values(new), new.state_dict())) == before
+    assert list(pyopt.load(tmp_path / "run", new, strict=False).mismatched) == ["state"]
+    assert new.state[params_of(new)[0]] is state
+    assert bits(params_of(new)[1].data) == bits(params_of(opt)[0].data)
+
+
+def test_not_strict(tmp_path):
+    """What matches is loaded, and what does not is told and has stayed, state and all."""
+    opt = of_names(({"a": (3, 4), "b": (2,), "head": (5,)}, {"lr": 0.5}), ({"c": ()}, {"lr": 0.25}), steps=2)
+    opt.state["rounds"] = 3
+    schedulers = [CosineAnnealingLR(opt, T_max=9), ExponentialLR(opt, gamma=0.5)]
+    pyopt.save(tmp_path / "run", opt, schedulers=schedulers, averages=[Average(opt)], extra="x")
+    new = of_names(({"c": ()}, {}), ({"new": (3,), "b": (2,), "head": (6,), "a": (3, 4)}, {}), ({"d": ()}, {}), steps=1)
+    new.state["others"] = 4
+    mine = [LinearLR(new), ExponentialLR(new, gamma=0.7)]
+    kept = {p.name: (new.state[p], bits(p.data)) for p in params_of(new) if p.name in ("new", "head", "d")}
+    group = new.param_groups[2]
+    before = [bits_of(scheduler.state_dict()) for scheduler in mine]
+    average = Average(new)
+    result = pyopt.load(tmp_path / "run", new, schedulers=mine, averages=[average], strict=False)
+    assert result.extra == "x"
+    assert result.missing == ["parameters.new", "parameters.d", "groups.2", "schedulers.0"]
+    assert result.unexpected == ["schedulers.0"]
+    assert list(result.mismatched) == ["parameters.head", "schedulers.1", "averages.0"]
+    assert result.mismatched["parameters.head"] == "has shape (5,) in the file, must be (6,)"
+    assert [bits_of(scheduler.state_dict()) for scheduler in mine] == before
+    assert {name: by_name(new)[name] for name in "abc"} == {name: by_name(opt)[name] for name in "abc"}
+    for p in params_of(new):
+        if p.name in kept:
+            assert new.state[p] is kept[p.name][0]
+            assert bits(p.data) == kept[p.name][1]
+    assert [g["lr"] for g in new.param_groups] == [0.25, 0.5, group["lr"]]
+    assert new.param_groups[2] is group
+    assert (new.state["rounds"], new.state["others"]) == (3, 4)
+    for p in params_of(new):
+        p.grad = np.ones_like(p.data)
+    new.step()
+
+
+def test_not_strict_where_all_matches(tmp_path):
+    """It is as with strict."""
+    opt = saved(tmp_path / "run")
+    new, schedule, average = fresh()
+    result = pyopt.load(tmp_path / "run", new, schedulers=[schedule], averages=[average], strict=False)
+    assert bits_of(result._asdict()) == bits_of(
+        {"extra": {"x": np.arange(3)}, "missing": [], "unexpected": [], "mismatched": {}}
+    )
+    assert schedule.T_max == 9
+    assert average.n_averaged == 1
+    assert bits_of(new.state_dict()) == bits_of(opt.state_dict())
+    assert values(new) == values(opt)
+
+
+def test_not_strict_by_place(tmp_path):
+    opt = saved(tmp_path / "run")
+    new, _ = make(Adam, steps=1, shapes=((3, 4), (2,), (5,), (6,)))
+    before = values(new)
+    result = pyopt.load(tmp_path / "run", new, strict=False)
+    assert result.missing == ["parameters.3"]
+    assert result.unexpected == ["schedulers.0", "averages.0"]
+    assert list(result.mismatched) == ["parameters.1"]
+    assert values(new) == [values(opt)[0], before[1], values(opt)[2], before[3]]
+
+
+def test_not_strict_and_other_groups(tmp_path):
+    """Options stay; the state of a parameter too where it is none for them."""
+    pyopt.save(tmp_path / "run", opt := of_names(({"a": 2, "b": 3}, {}), cls=SGD, steps=2, lr=0.5))
+    new = of_names(({"a": 2}, {"momentum": 0.9}), ({"b": 3}, {}), cls=SGD, steps=1, seed=1, lr=0.1)
+    before = by_name(new)["a"][1]
+    result = pyopt.load(tmp_path / "run", new, strict=False)
+    assert list(result.mismatched)[:2] == ["groups.0", "groups.1"]
+    assert [g["lr"] for g in new.param_groups] == [0.1, 0.1]
+    assert [by_name(new)[name][0] for name in "ab"] == [by_name(opt)[name][0] for name in "ab"]
+    assert by_name(new)["a"][1] == (before if "state.a" in result.mismatched else {})
+    adam = of_names(({"a": 2, "b": 3}, {}), steps=2)
+    pyopt.save(tmp_path / "run", adam)
+    new = of_names(({"a": 2}, {"amsgrad": True}), ({"b": 3}, {}), steps=1, seed=1)
+    state = new.state[params_of(new)[0]]
+    result = pyopt.load(tmp_path / "run", new, strict=False)
+    assert list(result.mismatched) == ["groups.0", "groups.1", "state.a"]
+    assert "max_exp_avg_sq" in result.mismatched["state.a"]
+    assert new.state[params_of(new)[0]] is state
+    assert by_name(new)["b"] == by_name(adam)["b"]
+
+
+def test_not_strict_numbers_of_all_groups(tmp_path):
+    """Prodigy's d stands in each group, and is one: that of the file."""
+    pyopt.save(tmp_path / "run", opt := of_names(({"a": 2}, {}), ({"b": 3}, {}), cls=pyopt.Prodigy, steps=5))
+    new = of_names(({"c": 2}, {}), ({"a": 2}, {}), cls=pyopt.Prodigy, seed=1)
+    result = pyopt.load(tmp_path / "run", new, strict=False)
+    assert result[1:] == (["parameters.c", "groups.0"], ["parameters.b", "groups.1"], {})
+    assert [g["d"] for g in new.param_groups] == [g["d"] for g in opt.param_groups] != [1e-6, 1e-6]
+    new.step(grads=[np.ones_like(p.data) for p in params_of(new)])
+
+
+def test_not_strict_and_another_mode(tmp_path):
+    """A parameter that a schedule-free optimizer has saved in evaluation is not taken for one in training."""
+    opt = of_names(({"a": 2, "b": 3}, {}), cls=pyopt.SGDScheduleFree, steps=2, lr=0.1)
+    opt.eval()
+    pyopt.save(tmp_path / "run", opt)
+    for train in (True, False):
+        new = of_names(({"a": 2}, {}), ({"b": 3}, {}), cls=pyopt.SGDScheduleFree, steps=1, seed=1, lr=0.1)
+        if not train:
+            new.eval()
+        before = by_name(new)
+        result = pyopt.load(tmp_path / "run", new, strict=False)
+        assert by_name(new) == (before if train else by_name(opt))
+        reason = "has train_mode False in the file, must be True"
+        assert result.mismatched.get("parameters.a") == (reason if train else None)
+
+
+DAMAGED = [name for name in WRONG if name not in ("schedulers", "scheduler class", "parameter")]
+
+
+@pytest.mark.parametrize("change", [WRONG[name][0] for name in DAMAGED], ids=DAMAGED)
+def test_damage_is_an_error_not_strict_too(change, tmp_path):
+    path = tmp_path / "run"
+    saved(path)
+    with_document(path, change)
+    new, schedule, average = fresh()
+    before = seen(new, schedule, average)
+    with pytest.raises((KeyError, TypeError, ValueError)) as caught:
+        pyopt.load(path, new, schedulers=[schedule], averages=[average], strict=False)
+    assert str(path) in str(caught.value)
+    assert seen(new, schedule, average) == before
+
+
+def of_average(average):
+    """The averages by name, with the number of their updates."""
+    held = average.state_dict()
+    params = params_of(average.optimizer)
+    return {
+        p.name: (bits(a), held["n_averaged"] - n)
+        for p, a, n in zip(params, held["averages"], held["joined"], strict=True)
+    }
+
+
+@pytest.mark.parametrize("kind", [averaging.EMA, averaging.SWA])
+def test_averages_follow_their_parameters(kind, tmp_path):
+    """In another order, and in part: the rest keeps its average, or begins with a copy."""
+    opt = of_names(*FILE)
+    average = kind(opt)
+    for i in range(3):
+        opt.step(grads=[random(p.data.shape, seed=i) for p in params_of(opt)])
+    pyopt.save(tmp_path / "run", opt, averages=[average])
+    new = of_names(*FILE[::-1], seed=1)
+    other = kind(new)
+    pyopt.load(tmp_path / "run", new, averages=[other])
+    assert of_average(other) == of_average(average)
+    for updates in (0, 1, 5):
+        new = of_names(({"new": (3,), "b": (2,), "a": (3, 4)}, {}), seed=1)
+        other = kind(new)
+        for i in range(updates):
+            new.step(grads=[random(p.data.shape, seed=i) for p in params_of(new)])
+        before = of_average(other)
+        result = pyopt.load(tmp_path / "run", new, averages=[other], strict=False)
+        assert (result.missing, result.mismatched) == (["parameters.new"], {})
+        found = of_average(other)
+        assert {name: found[name] for name in "ab"} == {name: of_average(average)[name] for name in "ab"}
+        assert found["new"] == (before["new"][0], min(updates, 3))
+        new.step(grads=[random(p.data.shape) for p in params_of(new)])
+        if not updates:
+            assert bits(other.averages[0]) == bits(params_of(new)[0].data)
+
+
+@pytest.mark.parametrize("kind", [averaging.EMA, averaging.SWA])
+def test_averages_of_pyopt(kind, tmp_path):
+    """All or nothing with the rest, and the run goes on as the uninterrupted one."""
+
+    def run(steps):
+        opt, params = make(Adam)
+        average = kind(opt, every=2)
+        for i in range(steps):
+            opt.step(grads=[random(p.data.shape, seed=i) for p in params])
+        return opt, average
+
+    opt, average = run(5)
+    pyopt.save(tmp_path / "run", opt, averages=[average, Average(opt)])
+    new, other = run(1)
+    before = seen(new, other)
+    with pytest.raises(ValueError, match="state of another average"):
+        pyopt.load(tmp_path / "run", new, averages=[other, Average(new, fails=True)])
+    assert seen(new, other) == before
+    with other.swapped(), pytest.raises(RuntimeError, match="leave the block of swapped"):
+        pyopt.load(tmp_path / "run", new, averages=[other, Average(new)])
+    assert seen(new, other) == before
+    pyopt.load(tmp_path / "run", new, averages=[other, Average(new)])
+    assert seen(new, other)[0::3] == seen(opt, average)[0::3]
+    for o in (opt, new):
+        o.step(grads=[random(p.data.shape) for p in params_of(o)])
+    assert seen(new, other)[0::3] == seen(opt, average)[0::3]
+
+
+def test_strict_is_a_bool(tmp_path):
+    saved(tmp_path / "run")
+    with pytest.raises(TypeError, match="strict is a int, must be True or False"):
+        pyopt.load(tmp_path / "run", fresh()[0], strict=0)
 
 
 class Interrupted(BaseException):

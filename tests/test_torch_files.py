@@ -434,3 +434,165 @@ def test_no_second_copy(tmp_path):
     for work in (pyopt.save, pyopt.load):
         peak = peak_beyond(lambda work=work: work(tmp_path / "run", opt))
         assert peak < 64e6, (work.__name__, peak)
+
+
+# --- what matches what ------------------------------------------------------------------------------------------------
+
+
+def of_names(*groups, seed=0, steps=0, side="torch", name="Adam", **options):
+    """An optimizer with groups of named parameters, of tensors or arrays."""
+
+    def params(shapes):
+        made = {n: np.random.default_rng(sum(map(ord, n)) + seed).standard_normal(s) for n, s in shapes.items()}
+        if side == "numpy":
+            return {n: a.astype(np.float32) for n, a in made.items()}
+        return [(n, torch.nn.Parameter(torch.tensor(a, dtype=torch.float32))) for n, a in made.items()]
+
+    cls = getattr(optim if side == "torch" else pyopt, name)
+    opt = cls([{"params": params(shapes), **each} for shapes, each in groups], **options)
+    for i in range(steps):
+        step(opt, i)
+    return opt
+
+
+def by_name(opt):
+    """Parameters and states as NumPy's numbers, by name."""
+    names = [name for group in opt.param_groups for name in group["param_names"]]
+    found = {}
+    for name, p in zip(names, params_of(opt), strict=True):
+        entry = {k: np.asarray(v.detach() if torch.is_tensor(v) else v) for k, v in opt.state.get(p, {}).items()}
+        data = p.detach().numpy() if torch.is_tensor(p) else p.data
+        found[name] = data.tolist(), {k: v.tolist() for k, v in entry.items()}
+    return found
+
+
+FILE = ({"a": (3, 4), "b": (2,)}, {"lr": 0.5}), ({"c": (1,)}, {"lr": 0.25})
+needs_names = pytest.mark.skipif(torch.__version__ < "2.6", reason="this torch has no named parameters")
+
+
+@needs_names
+@pytest.mark.parametrize("sides", [("torch", "torch"), ("torch", "numpy"), ("numpy", "torch")])
+def test_parameters_are_matched_by_name(sides, tmp_path):
+    """In any order of parameters and groups, also between both sides, averages with them."""
+    opt = of_names(*FILE, side=sides[0])
+    average = pyopt.averaging.EMA(opt, decay=0.5)
+    step(opt, 0)
+    step(opt, 1)
+    pyopt.save(tmp_path / "run", opt, averages=[average])
+    new = of_names(({"c": (1,)}, {}), ({"b": (2,), "a": (3, 4)}, {}), seed=1, steps=1, side=sides[1])
+    other = pyopt.averaging.EMA(new)
+    pyopt.load(tmp_path / "run", new, averages=[other])
+    assert by_name(new) == by_name(opt)
+    assert [g["lr"] for g in new.param_groups] == [0.25, 0.5]
+    assert [g["param_names"] for g in new.param_groups] == [["c"], ["b", "a"]]
+    assert [other.averages[i].tolist() for i in (2, 1, 0)] == [a.tolist() for a in average.averages]
+    assert (other.n_averaged, other.decay) == (2, 0.5)
+
+
+@needs_names
+def test_what_does_not_match_is_an_error(tmp_path):
+    pyopt.save(tmp_path / "run", of_names(*FILE, steps=1))
+    new = of_names(({"a": (3, 4)}, {}), ({"c": (1,), "b": (2,)}, {}), seed=1, steps=1)
+    before = seen(new)
+    with pytest.raises(ValueError, match="param group 0: 'a' and 'b', which is in another here"):
+        pyopt.load(tmp_path / "run", new)
+    assert seen(new) == before
+
+
+@needs_names
+def test_not_strict(tmp_path):
+    """What matches is loaded; the rest is told, and the same tensors as before, whose versions have not moved."""
+    opt = of_names(({"a": (3, 4), "head": (5,)}, {"lr": 0.5}), ({"c": (1,)}, {}), steps=2)
+    pyopt.save(tmp_path / "run", opt, extra=3)
+    lr = torch.tensor(0.125)
+    new = of_names(({"new": (2,), "head": (6,), "a": (3, 4)}, {}), ({"d": ()}, {"lr": lr}), seed=1, steps=1)
+    new_p, head, _, d = params_of(new)
+    kept = [(p, p._version, new.state[p], exact(new.state[p])) for p in (new_p, head, d)]
+    group = new.param_groups[1]
+    result = pyopt.load(tmp_path / "run", new, strict=False)
+    assert result == (
+        3,
+        ["parameters.new", "parameters.d", "groups.1"],
+        ["parameters.c", "groups.1"],
+        {"parameters.head": "has shape (5,) in the file, must be (6,)"},
+    )
+    assert by_name(new)["a"] == by_name(opt)["a"]
+    for p, version, state, before in kept:
+        assert p._version == version
+        assert new.state[p] is state
+        assert exact(state) == before
+    assert new.param_groups[0]["lr"] == 0.5
+    assert new.param_groups[1] is group
+    assert group["lr"] is lr
+    assert lr == 0.125
+    step(new, 5)
+
+
+@needs_names
+def test_state_for_other_options(tmp_path):
+    """Where groups differ, their options stay, and state that is none for them."""
+    pyopt.save(tmp_path / "run", opt := of_names(({"a": (2,), "b": (3,)}, {}), steps=2))
+    new = of_names(({"a": (2,)}, {"amsgrad": True}), ({"b": (3,)}, {}), steps=1, seed=1)
+    state = new.state[params_of(new)[0]]
+    result = pyopt.load(tmp_path / "run", new, strict=False)
+    assert list(result.mismatched) == ["groups.0", "groups.1", "state.a"]
+    assert new.state[params_of(new)[0]] is state
+    assert by_name(new)["b"] == by_name(opt)["b"]
+    assert by_name(new)["a"][0] == by_name(opt)["a"][0]
+
+
+@needs_names
+def test_not_strict_numbers_of_all_groups(tmp_path):
+    """Prodigy's d stands in each group, and is one: that of the file."""
+    opt = of_names(({"a": (2,)}, {}), ({"b": (3,)}, {}), name="Prodigy")
+    for _ in range(5):
+        for p in params_of(opt):
+            p.grad = torch.full_like(p, 0.1)
+        opt.step()
+    pyopt.save(tmp_path / "run", opt)
+    new = of_names(({"c": (2,)}, {}), ({"a": (2,)}, {}), name="Prodigy", seed=1)
+    pyopt.load(tmp_path / "run", new, strict=False)
+    assert [g["d"] for g in new.param_groups] == [g["d"] for g in opt.param_groups] != [1e-6, 1e-6]
+    step(new, 1)
+
+
+def test_not_strict_where_all_matches(tmp_path):
+    opt = tensors("Adam", {"lr": 0.5}, torch.bfloat16, steps=2)
+    average = pyopt.averaging.SWA(opt)
+    step(opt, 3)
+    pyopt.save(tmp_path / "run", opt, averages=[average])
+    new = tensors("Adam", {}, torch.bfloat16, seed=1)
+    other = pyopt.averaging.SWA(new)
+    assert pyopt.load(tmp_path / "run", new, averages=[other], strict=False) == (None, [], [], {})
+    assert exact(new.state_dict()) == exact(opt.state_dict())
+    assert exact(params_of(new)) == exact(params_of(opt))
+    assert exact(other.state_dict()) == exact(average.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["EMA", "SWA"])
+def test_averages_travel(kind, tmp_path):
+    """From tensors to arrays and back; a load that fails leaves them."""
+    cls = getattr(pyopt.averaging, kind)
+    opt = tensors("Adam", {})
+    average = cls(opt)
+    for i in range(3):
+        step(opt, i)
+    pyopt.save(tmp_path / "torch", opt, averages=[average])
+    ours = arrays("Adam", {}, seed=1)
+    between = cls(ours)
+    pyopt.load(tmp_path / "torch", ours, averages=[between])
+    assert [a.tobytes() for a in between.averages] == [a.numpy().tobytes() for a in average.averages]
+    pyopt.save(tmp_path / "numpy", ours, averages=[between])
+    new = tensors("Adam", {}, seed=2)
+    back = cls(new, every=3)
+    new.param_groups[0]["betas"] = (0.9, 1.5)
+    pyopt.save(tmp_path / "wrong", new, averages=[back])
+    before = exact(average.state_dict())
+    with pytest.raises(ValueError, match=r"betas\[1\] == 1.5"):
+        pyopt.load(tmp_path / "wrong", opt, averages=[average])
+    assert exact(average.state_dict()) == before
+    pyopt.load(tmp_path / "numpy", new, averages=[back])
+    assert exact(back.state_dict()) == before
+    for o in (opt, new):
+        step(o, 7)
+    assert exact(back.state_dict()) == exact(average.state_dict())

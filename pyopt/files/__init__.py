@@ -3,6 +3,7 @@
 container.py    the file: header, checksums, data
 replacing.py    how a file takes the place of another
 plain.py        plain data as JSON
+matching.py     what in the file belongs to what of the optimizer
 sides.py        what differs between optimizers of arrays and of tensors (pyopt/torch/files.py)
 schedules.py    schedulers, loaded aside
 progress.py     the bar
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import starmap
@@ -25,10 +26,11 @@ import numpy as np
 from pyopt.checks import count
 from pyopt.files import container
 from pyopt.files.container import Array, Container
+from pyopt.files.matching import LoadResult, by_class, follows_groups, follows_parameters, lacking, matched, rearranged
 from pyopt.files.plain import Encoder, as_dict, decoded
 from pyopt.files.progress import Progress
 from pyopt.files.schedules import committed, staged
-from pyopt.files.sides import Call, Side, kind_of, side_of
+from pyopt.files.sides import Call, Side, Stay, kind_of, side_of
 
 Path = str | os.PathLike[str]
 
@@ -131,6 +133,7 @@ def load(
     *,
     schedulers: Iterable[Any] = (),
     averages: Iterable[Any] = (),
+    strict: bool = True,
     progress: bool | None = None,
 ) -> Any:
     """Go on from a file of `pyopt.save`: all of it, or an error and nothing has changed.
@@ -138,23 +141,45 @@ def load(
     Parameters are written in place, and state where there is a fitting array. Everything is checked before. A run moves
     between pyopt and pyopt.torch by its file.
 
+    Parameters are matched by name, in any order, where they have names here and in the file; else by place. State and
+    averages follow their parameters. Options are those of the file's groups: a group here and one there belong together
+    where each has parameters of the other and of no third, wherever they stand. Schedulers need the groups in the order
+    of the file, and LBFGS its parameters.
+
     Args:
         path: the file.
-        optimizer: of the class that was saved, with parameters of the same order, shapes, dtypes and names.
+        optimizer: of the class that was saved, with the parameters that were saved, of the same shapes and dtypes.
         schedulers, averages: of the classes that were saved, in the same order.
+        strict: whether all of the file must match all that is given. False: what matches is loaded, and all else stays
+            as it is: parameters of another name, shape or dtype with their state; groups that the file divides
+            otherwise; schedulers and averages for which the file has none of their class; schedulers where the groups
+            differ. An average goes on for the parameters that match, and keeps what it has of the others.
         progress: as for `save`.
 
     Returns:
         `extra` as it was saved, arrays as copies. Tensors are arrays where the optimizer is one of arrays; those of
-        bfloat16 then need the package ml_dtypes.
+        bfloat16 then need the package ml_dtypes. With strict=False a named tuple of extra, missing, unexpected and
+        mismatched: see `pyopt.files.LoadResult`.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no file of pyopt.save, or damaged, cut off, or of a newer version.
+        ValueError: it is no file of pyopt.save, or damaged, cut off, or of a newer version; or of another optimizer.
         TypeError, KeyError, ValueError: what is in it does not fit the optimizer, a scheduler or an average.
 
-    Example: see `save`.
+    Example:
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> import pyopt
+        >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
+        >>> pyopt.save(path, pyopt.SGD({"body": np.ones(2), "head": np.ones(3)}))
+        >>> params = {"head": np.zeros(5), "body": np.zeros(2)}
+        >>> pyopt.load(path, pyopt.SGD(params), strict=False).mismatched
+        {'parameters.head': 'has shape (3,) in the file, must be (5,)'}
+        >>> params["body"]
+        array([1., 1.])
     """
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict is a {type(strict).__name__}, must be True or False")
     side = side_of(optimizer)
     schedulers, averages = with_states("schedulers", schedulers), with_states("averages", averages)
     with side.lock(), named(path):
@@ -162,15 +187,21 @@ def load(
         with Progress(f"load {os.path.basename(os.fsdecode(path))}", file.size - file.start, progress) as bar:
             arrays = file.arrays(bar.step)
         document = file.document
-        extra = _commit(file, side, document, arrays, schedulers, averages)
+        extra = _commit(file, side, document, arrays, schedulers, averages, strict)
     side.after()
     return extra
 
 
 def _commit(
-    file: Container, side: Side, document: Any, arrays: dict[str, Array], schedulers: list[Any], averages: list[Any]
+    file: Container,
+    side: Side,
+    document: Any,
+    arrays: dict[str, Array],
+    schedulers: list[Any],
+    averages: list[Any],
+    strict: bool,
 ) -> Any:
-    """Check what is in a file that is whole, then do it all; returns `extra`."""
+    """Check what is in a file that is whole, then do it all; returns what `load` does."""
     parts = checked(document)
 
     def mapped(name: str, is_tensor: bool) -> Array:
@@ -181,10 +212,13 @@ def _commit(
     if parts["optimizer"] != side.kind:
         raise ValueError(f"is of the optimizer {parts['optimizer']}, optimizer is a {side.kind}")
     values = [mapped(name, False) for name in parts["parameters"]]
-    calls: list[Call] = side.parameter_writes(values)
     state = as_dict([(decoded(key, mapped), decoded(entry, mapped)) for key, entry in parts["state"]])
     groups = [decoded(group, mapped) for group in parts["groups"]]
-    loaded = side.loaded({"state": state, "param_groups": groups})
+    match = matched(side, parts["parameters"], groups, values, strict)
+    state_dict = rearranged(match, side, state, groups)
+    calls: list[Call] = side.parameter_writes([None if at is None else values[at] for at in match.params])
+    stay = Stay(lacking(match.groups), lacking(match.state), own=not strict)
+    loaded = side.loaded(state_dict, stay)
     calls += loaded.calls
     for name, value in parts["counters"].items():
         if name in COUNTERS and hasattr(side.optimizer, name):
@@ -192,11 +226,11 @@ def _commit(
             workspace, _ = side.optimizer._stage()  # where the property keeps it: setting that would run Python code
             calls.append((setattr, workspace, name, value))
     extra = decoded(parts["extra"], lambda name, is_tensor: side.own(name, mapped(name, is_tensor), is_tensor))
-    states = {
-        what: _matched(what, objects, parts[what])
-        for what, objects in (("schedulers", schedulers), ("averages", averages))
-    }
-    for i, (scheduler, state) in enumerate(zip(schedulers, states["schedulers"], strict=True)):
+    of_schedulers = list(by_class(match, "schedulers", schedulers, parts["schedulers"]))
+    of_averages = list(by_class(match, "averages", averages, parts["averages"]))
+    for i, scheduler, state in of_schedulers:
+        if not follows_groups(match, f"schedulers.{i}"):
+            continue
         held = decoded(state, lambda name, is_tensor: side.own(name, mapped(name, is_tensor), is_tensor))
         twin = staged(f"schedulers[{i}]", scheduler, side.optimizer, loaded.groups)
         twin.load_state_dict(held)
@@ -205,8 +239,11 @@ def _commit(
     undo: list[Call] = []
     done: list[bool] = []
     try:
-        for average, state in zip(averages, states["averages"], strict=True):
+        for i, average, state in of_averages:
             held = decoded(state, lambda name, _: side.borrowed(mapped(name, False)))
+            held = follows_parameters(match, f"averages.{i}", average, held)
+            if held is None:
+                continue
             if hasattr(average, "_load_writes"):  # it checks now, and returns calls of functions that are no bytecode
                 calls += average._load_writes(held)
             else:
@@ -217,7 +254,7 @@ def _commit(
     finally:
         if not done:
             deque(starmap(call, undo), maxlen=0)
-    return extra
+    return extra if strict else LoadResult(extra, match.missing, match.unexpected, match.mismatched)
 
 
 def _in_pieces(calls: list[Call], release: list[Call]) -> Iterator[Call]:
@@ -235,14 +272,6 @@ def _in_pieces(calls: list[Call], release: list[Call]) -> Iterator[Call]:
             if size >= 4 * container.PIECE:
                 yield from release
                 size = 0
-
-
-def _matched(what: str, objects: Sequence[Any], saved: list[Any]) -> list[Any]:
-    """The states for schedulers or averages, which must be those that were saved."""
-    classes, given = [each["class"] for each in saved], [kind_of(each) for each in objects]
-    if classes != given:
-        raise ValueError(f"has {what} {', '.join(classes) or 'none'}, given are {', '.join(given) or 'none'}")
-    return [each["state"] for each in saved]
 
 
 def checked(document: Any) -> dict[str, Any]:

@@ -25,6 +25,14 @@ class Loaded(NamedTuple):
     calls: list[Call]
 
 
+class Stay(NamedTuple):
+    """What a file leaves as it is: groups and states of parameters by their places, and the user's own state."""
+
+    groups: list[int]
+    state: list[int]
+    own: bool
+
+
 class Side:
     """An optimizer of arrays."""
 
@@ -47,12 +55,17 @@ class Side:
         return [p.data for p in self._params()]
 
     def names(self) -> list[str]:
-        """How the file calls the parameters: by their names, where there are any and they are unique, or numbers."""
+        """How the file calls the parameters: by their names, or numbers."""
+        names = self.given_names()
+        return [str(i) for i in range(len(self._params()))] if names is None else names
+
+    def given_names(self) -> list[str] | None:
+        """The names of the parameters, where there are any and they are unique."""
         groups = self.optimizer.param_groups
         names = [name for group in groups for name in group.get("param_names", ())]
         names = names or [getattr(p, "name", None) for p in self._params()]
         usable = len(set(names)) == len(names) == len(self._params()) and all(isinstance(n, str) for n in names)
-        return names if usable else [str(i) for i in range(len(self._params()))]
+        return names if usable else None
 
     def as_array(self, where: str, value: Any) -> Array | None:
         """A tensor, which may stand in `extra`, as an array."""
@@ -65,30 +78,74 @@ class Side:
 
     # --- load -----------------------------------------------------------------------------------------------------
 
-    def parameter_writes(self, values: Sequence[Array]) -> list[Call]:
-        """The calls that write the parameters, all checked."""
+    def parameter_writes(self, values: Sequence[Array | None]) -> list[Call]:
+        """The calls that write the parameters, all checked; those without a value stay as they are."""
         arrays = self.writable()
-        if len(values) != len(arrays):
-            raise ValueError(f"has {len(values)} parameters, optimizer has {len(arrays)}")
         for what, array, value in zip(self._labels(), arrays, values, strict=True):
-            if value.dtype != array.dtype:
-                raise TypeError(f"{what} has dtype {called(value.dtype)} in the file, must be {called(array.dtype)}")
-            if value.shape != array.shape:
-                raise ValueError(f"{what} has shape {value.shape} in the file, must be {array.shape}")
-        return [(setitem, array, ..., value) for array, value in zip(arrays, values, strict=True)]
+            if value is not None and (error := self.unlike(array, value)):
+                raise type(error)(f"{what} {error}")
+        return [(setitem, array, ..., value) for array, value in zip(arrays, values, strict=True) if value is not None]
+
+    def unlike(self, array: Array, value: Array) -> TypeError | ValueError | None:
+        """What keeps a value from being written to a parameter."""
+        if value.dtype != array.dtype:
+            return TypeError(f"has dtype {called(value.dtype)} in the file, must be {called(array.dtype)}")
+        if value.shape != array.shape:
+            return ValueError(f"has shape {value.shape} in the file, must be {array.shape}")
+        return None
+
+    def refused(self, entries: dict[int, dict[str, Any]]) -> dict[int, str]:
+        """Which entries cannot be the state of a parameter with the options of its group, and why."""
+        optimizer, labels, found = self._checking(), self._labels(), {}
+        params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        for i, entry in entries.items():
+            try:
+                optimizer._check_entry(labels[i], dict(entry), *params[i])
+            except (KeyError, TypeError, ValueError) as error:
+                found[i] = str(error.args[0])
+        return found
+
+    def options(self, index: int) -> dict[str, Any]:
+        """The options of a group as they are."""
+        return {key: value for key, value in self.optimizer.param_groups[index].items() if key != "params"}
+
+    def _checking_class(self) -> Any:
+        return type(self.optimizer)
+
+    def _checking(self) -> Any:
+        """The optimizer of arrays that checks."""
+        return self.optimizer
 
     def writable(self) -> list[Array]:
         """The live arrays, if they can be written to."""
         return [check_data(what, p.data) for what, p in zip(self._labels(), self._params(), strict=True)]
 
-    def loaded(self, state_dict: dict[str, Any]) -> Loaded:
-        """All checks of `load_state_dict`, and what it would do."""
+    def loaded(self, state_dict: dict[str, Any], stay: Stay) -> Loaded:
+        """All checks of `load_state_dict`, and what it would do; but some things stay as they are."""
         for hook in self.optimizer._load_state_dict_pre_hooks.values():
             changed = hook(self.optimizer, state_dict)
             state_dict = state_dict if changed is None else changed
         loaded = _state_dict.prepare(self.optimizer, state_dict)
+        self._leave(stay, loaded.groups, loaded.state)
         writes = [*loaded.writes, *_state_dict.replacements(self.optimizer, loaded.groups, loaded.state)]
         return Loaded(loaded.groups, [(setitem, *write) for write in writes])
+
+    def _leave(self, stay: Stay, groups: list[dict[str, Any]], state: Any) -> None:
+        """Put into the new groups and state what stays as it is."""
+        # Numbers of the whole optimizer, which are the same in each group, are those of the file in all of them.
+        taken = next((group for i, group in enumerate(groups) if i not in stay.groups), {})
+        shared = {name: taken[name] for name in self._checking_class().shared_numbers if name in taken}
+        for i in stay.groups:
+            live = self.optimizer.param_groups[i]
+            groups[i] = {**live, **shared} if shared else live
+        state_now, params = self.optimizer.state, self._params()
+        keys = [params[i] for i in stay.state]
+        if stay.own:
+            known = set(params)
+            keys += [key for key in state_now if key not in state and key not in known]
+        for key in keys:
+            if key in state_now:
+                state[key] = state_now[key]
 
     def last(self, groups: list[dict[str, Any]]) -> list[Call]:
         """What remains to be done when the schedulers have set lr in the groups."""

@@ -14,7 +14,7 @@ import torch
 import pyopt
 from pyopt import _state_dict
 from pyopt.files.container import BFLOAT16, Array
-from pyopt.files.sides import Call, Loaded, Side
+from pyopt.files.sides import Call, Loaded, Side, Stay
 from pyopt.parameter import Parameter
 from pyopt.torch._tensors import raise_versions
 from pyopt.torch.convert import SWITCHES, as_count
@@ -60,13 +60,23 @@ class TensorSide(Side):
 
     # --- load -----------------------------------------------------------------------------------------------------
 
-    def parameter_writes(self, values: Sequence[Array]) -> list[Call]:
-        return [*super().parameter_writes(values), (raise_versions, self._params())]
+    def parameter_writes(self, values: Sequence[Array | None]) -> list[Call]:
+        written = [p for p, value in zip(self._params(), values, strict=True) if value is not None]
+        return [*super().parameter_writes(values), (raise_versions, written)]
+
+    def options(self, index: int) -> dict[str, Any]:
+        return _numbers(super().options(index))
+
+    def _checking_class(self) -> Any:
+        return self.core
+
+    def _checking(self) -> Any:
+        return self._twin()[0]
 
     def writable(self) -> list[Array]:
         return [_live(what, p) for what, p in zip(self._labels(), self._params(), strict=True)]
 
-    def loaded(self, state_dict: dict[str, Any]) -> Loaded:
+    def loaded(self, state_dict: dict[str, Any], stay: Stay) -> Loaded:
         if hooks := getattr(self.optimizer, "_optimizer_load_state_dict_pre_hooks", None):
             state_dict = _within(state_dict, np.ndarray, self.borrowed)
             for hook in hooks.values():
@@ -85,6 +95,7 @@ class TensorSide(Side):
                 state[params[key]] = {name: self._state(name, value, tensors) for name, value in entry.items()}
             else:
                 state[key] = _within(entry, np.ndarray, as_tensor)
+        self._leave(stay, groups, state)
         calls.append((raise_versions, list(tensors.values())))
         calls += [(setitem, *write) for write in _state_dict.replacements(self.optimizer, groups, state)]
         return Loaded(groups, calls)
