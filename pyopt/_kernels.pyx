@@ -224,16 +224,18 @@ cdef int pack_nothing(dict scalars, void *out) except -1:
     return 0
 
 
+cdef enum:
+    ROW = 128  # a divisor of BLOCK
+
+
 cdef inline double square(floating x) noexcept nogil:
     return <double>x * <double>x
 
 
-cdef void fold_squares(double *restrict x, const floating *restrict g, Py_ssize_t n) noexcept nogil:
-    """`fold_thrice` of squares."""
+cdef void add_squares(double *restrict x, const floating *restrict g, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
-        x[i] = (((square(g[i]) + square(g[i + 4 * n])) + (square(g[i + 2 * n]) + square(g[i + 6 * n])))
-                + ((square(g[i + n]) + square(g[i + 5 * n])) + (square(g[i + 3 * n]) + square(g[i + 7 * n]))))
+        x[i] = x[i] + square(g[i])
 
 
 cdef void norm_sums(floating *restrict _0, const floating *restrict g, floating *restrict _1, floating *restrict _2,
@@ -256,10 +258,13 @@ cdef void norm_sums(floating *restrict _0, const floating *restrict g, floating 
         sums[0] = most[0]
         return
     if h.power == 2 and h.scale == 1:
-        fold_squares(x, g, n // 8)  # a round of folding without the way through memory
-        for i in range(n % 8):
-            x[n // 8 + i] = square(g[n - n % 8 + i])
-        n = n // 8 + n % 8
+        # Memory in its order, which it is fastest in: ROW sums side by side, then those.
+        memset(x, 0, min(<Py_ssize_t>ROW, n) * sizeof(double))
+        i = 0
+        while i < n:
+            add_squares(x, g + i, min(<Py_ssize_t>ROW, n - i))
+            i += ROW
+        n = min(<Py_ssize_t>ROW, n)
     elif h.power == 1 and h.scale == 1:
         for i in range(n):
             x[i] = rules.magnitude(g[i])

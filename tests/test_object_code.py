@@ -82,7 +82,7 @@ LOOPS = {
     **{rule: (2, rf"\(__pyx_v_p\[.* = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}\(") for rule in RULES},
     **{f"terms of {rule}": (2, rf"__pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}_terms\(\(__pyx_v_p") for rule in SUMS},
     "exchange": (2, r"\(__pyx_v_q\[__pyx_v_i\]\) = __pyx_v_x;"),
-    "fold_squares": (2, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(\(__pyx_fuse_[01]\w*kernels_square\("),
+    "add_squares": (2, r"\(__pyx_v_x\[__pyx_v_i\]\) = .* \+ __pyx_fuse_[01]\w*kernels_square\("),
     "magnitudes": (2, r"\(__pyx_v_x\[__pyx_v_i\]\) = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_magnitude\(\("),
     "fold": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
     "fold_thrice": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(\(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
