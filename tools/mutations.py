@@ -267,7 +267,7 @@ MUTATIONS = [
     ),
     *of(
         "pyopt/_step.pyx",
-        "tests/test_engine.py -k two_threads",
+        "tests/test_engine.py::test_two_threads_on_one_optimizer_get_an_error",
         ("if self.stepping and not wait:", "if False:", "a second thread waits instead of being told"),
     ),
     *of(
