@@ -111,8 +111,8 @@ MUTATIONS = [
         ("        require_startable(self.threads)\n", "", "a block of too many threads is entered"),
         ("    require_startable(threads)\n    for", "    for", "set_num_threads of too many threads"),
         (
-            "    if threads > 1 and startable(threads) < threads:\n        threads = 1  #",
-            "    if False:\n        threads = 1  #",
+            "    if a.parts > 1 and startable(a.parts) < a.parts:\n        a.parts = 1  #",
+            "    if False:\n        a.parts = 1  #",
             "libgomp ends the process at a step",
         ),
         (
@@ -278,7 +278,7 @@ MUTATIONS = [
         ("if overflow or not 0 <= steps <= MOST_STEPS:", "if overflow:", "a step count beyond its end"),
         (" or not same_shape(&p, &g):", ":", "a gradient of another shape"),
         (
-            "            kept.put_back()\n",
+            "            each.put_back()\n",
             "            pass\n",
             "a user's update that raises leaves half a step",
         ),
