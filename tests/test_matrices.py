@@ -94,7 +94,8 @@ def muon(p: Any, grads: list[Any], **options: Any) -> Any:
         for _ in range(o["ns_steps"]):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         r, c = p.shape
-        scale = 0.2 * np.sqrt(max(r, c)) if o["adjust_lr_fn"] == "match_rms_adamw" else np.sqrt(max(1, r / c))
+        scales = {"match_rms_adamw": 0.2 * np.sqrt(max(r, c)), "spectral_unclamped": np.sqrt(r / c)}
+        scale = scales.get(o["adjust_lr_fn"], np.sqrt(max(1, r / c)))
         p = (1 - o["lr"] * o["weight_decay"]) * p - o["lr"] * scale * (left * s) @ right
     return p
 
@@ -162,7 +163,10 @@ def test_adafactor_of_zero_gradients(shape: tuple[int, ...], dtype: str) -> None
         assert np.isnan(stepped(Adafactor([p]), [np.full(shape, np.nan, dtype)])).all()
 
 
-MUON = [{}, {"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0}, {"momentum": 0.0}]
+MUON = [
+    *({}, {"nesterov": False}, {"momentum": 0.0}, {"adjust_lr_fn": "spectral_unclamped"}),
+    {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.0},
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -307,6 +311,26 @@ def test_lbfgs_has_the_same_bits_for_any_threads(shared_among_threads: None) -> 
             LBFGS([f.p], max_iter=30, line_search_fn="strong_wolfe", history_size=5).step(f)
         results.append(f.p.data)
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_climbs_as_it_descends(line_search: str | None) -> None:
+    """To the bit what it does with the negative loss and gradient; it returns the closure's own number."""
+    results = []
+    for maximize in (False, True):
+        f = Rosenbrock()
+
+        def closure(f: Any = f, sign: int = -1 if maximize else 1) -> float:
+            loss = f()
+            f.p.grad *= sign
+            return sign * loss
+
+        o = LBFGS([f.p], 0.1, 5, line_search_fn=line_search, maximize=maximize)
+        losses = [o.step(closure) * (-1 if maximize else 1) for _ in range(3)]
+        assert losses[2] < losses[0]
+        state = o.state_dict()["state"]
+        results.append((losses, f.p.data, f.calls, state))
+    assert same(results[0], results[1])
 
 
 def test_lbfgs_refuses() -> None:

@@ -33,6 +33,7 @@ from torch_or_skip import (
     torch,
 )
 
+from pyopt.torch.fallback import fused_sgd_is_right  # isort: skip
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # isort: skip
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -291,7 +292,8 @@ def test_what_is_left_takes_the_implementation_asked_for(name: str, switch: str)
         return
     for what in uncovered_of(name):
         make, gradient, _ = UNCOVERED[what]
-        fused_can = what in ("bfloat16", "float16") and name != "SGD"
+        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(what)
+        fused_can = half is not None and (name != "SGD" or fused_sgd_is_right(half))
         oracle = {switch: True} if switch == "foreach" or fused_can else {}
         twins = Twins(name, lambda make=make: [make(), make()], {"lr": 0.1, switch: True}, {"lr": 0.1, **oracle})
         for step in range(3):  # the second parameter gets its state a step later

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from itertools import product
 from typing import Any
@@ -29,6 +30,9 @@ MUON = [
     {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.5, "lr": 0.1},
     {"ns_steps": 2, "ns_coefficients": (1.5, -0.5, 0.0), "eps": 100.0},
 ]
+LBFGS_MAXIMIZES = "maximize" in inspect.signature(torch.optim.LBFGS).parameters  # from torch 2.14 on, as
+if LBFGS_MAXIMIZES:
+    MUON.append({"adjust_lr_fn": "spectral_unclamped"})
 CASES = [("Adafactor", options, SHAPES) for options in ADAFACTOR] + [("Muon", options, MATRICES) for options in MUON]
 cases = pytest.mark.parametrize("name, options, shapes", CASES, ids=[f"{n}-{o}" for n, o, _ in CASES])
 THREE = [("Adafactor", {}), ("Muon", {}), ("MuonAdamW", {})]
@@ -109,7 +113,8 @@ def test_muon_on_arrays_is_torchs_but_for_bfloat16(options: dict[str, Any]) -> N
             p.grad = gradient(p, step)
             b.step()
             a.step(grads=[p.grad.numpy()])
-        lr = options.get("lr", 1e-3) * (0.2 * max(shape) ** 0.5 if "adjust_lr_fn" in options else 1)
+        matched = options.get("adjust_lr_fn") == "match_rms_adamw"
+        lr = options.get("lr", 1e-3) * (0.2 * max(shape) ** 0.5 if matched else 1)
         lr *= max(1, shape[0] / shape[1]) ** 0.5
         np.testing.assert_allclose(array, p.detach().numpy(), rtol=0, atol=5 * lr * 0.05)
         (state,) = a.state.values()
@@ -380,6 +385,7 @@ LBFGS = [
     for values in product((None, "strong_wolfe"), (1, 0.1, 1e-3), (100, 2), (None, 7))
 ]
 LBFGS += [{"tolerance_grad": 2.0}, {"tolerance_change": 0.1}]
+LBFGS += [{"maximize": True, "lr": 1e-3, "line_search_fn": f} for f in (None, "strong_wolfe") if LBFGS_MAXIMIZES]
 
 
 @pytest.mark.parametrize("options", LBFGS, ids=str)
@@ -395,7 +401,8 @@ def test_lbfgs_of_arrays_is_torchs(problem: Any, options: dict[str, Any]) -> Non
         np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=1e-6, atol=1e-8)
         for name in ("func_evals", "n_iter"):
             assert a.state[p][name] == b.state[q][name]
-    assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]
+    (mine,), (torchs,) = a.state_dict()["param_groups"], b.state_dict()["param_groups"]
+    assert mine == torchs if LBFGS_MAXIMIZES else {"maximize": False, **torchs} == mine
     assert b.state[q].keys() - a.state[p].keys() <= {"al"}
 
 
@@ -407,6 +414,17 @@ def test_lbfgs_in_float32(line_search: str | None) -> None:
         a.step(ours)
         b.step(theirs)
     np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_an_adjustment_that_pyopt_does_not_know_is_refused() -> None:
+    """A newer torch may have one; its constructor takes it then."""
+    (p,) = new_parameters((4, 5))
+    optimizer = optim.Muon([p])
+    optimizer.param_groups[0]["adjust_lr_fn"] = "of tomorrow"
+    p.grad, before = gradient(p, 0), p.detach().clone()
+    with pytest.raises(ValueError, match="adjust_lr_fn == 'of tomorrow', must be None or 'original'"):
+        optimizer.step()
+    assert torch.equal(p, before) and not optimizer.state[p]
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])

@@ -438,7 +438,7 @@ def test_saved_tensors_may_be_written() -> None:
     assert same_bits(*results) and results[0].tolist() == [2, 4]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 def test_traced_step() -> None:
     def run(module: Any) -> Callable[[Any, Any], Any]:
         def step(value: Any, gradient: Any) -> Any:

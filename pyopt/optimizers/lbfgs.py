@@ -47,6 +47,7 @@ class LBFGS(Optimizer):
         tolerance_change: and where neither parameters nor loss change by more than this, >= 0.
         history_size: how many pairs are kept, an int >= 1: memory of twice the parameters each.
         line_search_fn: None or "strong_wolfe".
+        maximize: ascend instead of descend.
 
     State, of the first parameter: "func_evals", "n_iter", "d", "t", "old_dirs" (y), "old_stps" (s), "ro" (1 / (y s)),
     "H_diag", "prev_flat_grad", "prev_loss"; arrays over all parameters, one behind the other, each in C order.
@@ -91,6 +92,8 @@ class LBFGS(Optimizer):
         tolerance_change: float = 1e-9,
         history_size: int = 100,
         line_search_fn: str | None = None,
+        *,
+        maximize: bool = False,
     ) -> None:
         _at_least_one("max_iter", max_iter)
         super().__init__(
@@ -103,6 +106,7 @@ class LBFGS(Optimizer):
                 tolerance_change=tolerance_change,
                 history_size=history_size,
                 line_search_fn=line_search_fn,
+                maximize=maximize,
             ),
         )
 
@@ -133,12 +137,13 @@ class LBFGS(Optimizer):
         (group,) = self.param_groups
         self.check_group(group)
         params = list(group["params"])
-        line = Line(params, closure)
+        options = {**self.later, **plain(group)}
+        line = Line(params, closure, options["maximize"])
         entry = self.state.setdefault(params[0], {})
         if "n_iter" in entry:
             _check_state(label(0, params[0]), entry, line.size)
         try:
-            loss, after = iterate(line, plain(group), entry)
+            loss, after = iterate(line, options, entry)
         except BaseException:
             line.return_to_start()
             raise
@@ -167,11 +172,11 @@ def _check_state(what: str, entry: Any, size: int) -> None:
 
 
 class Line:
-    """The parameters of an optimizer as one flat vector, and the loss over it."""
+    """The parameters of an optimizer as one flat vector, and the loss over it, which is to become small."""
 
-    def __init__(self, params: list[Parameter], closure: Callable[[], Any]) -> None:
+    def __init__(self, params: list[Parameter], closure: Callable[[], Any], maximize: bool) -> None:
         check_no_overlap(parameter_ranges(params))
-        self.params, self.closure = params, closure
+        self.params, self.closure, self.maximize = params, closure, maximize
         self.arrays = [check_data(label(i, p), p.data) for i, p in enumerate(params)]
         self.size = sum(array.size for array in self.arrays)
         self.dtype = np.result_type(*self.arrays)
@@ -184,16 +189,17 @@ class Line:
             writes.add_copy(array, array.copy("K"))
         return writes.apply
 
-    def evaluate(self) -> tuple[Any, Array]:
-        """What the closure returns, and the flat gradient."""
-        loss = self.closure()
+    def evaluate(self) -> tuple[Any, float, Array]:
+        """What the closure returns, the loss, and the flat gradient."""
+        value = self.closure()
         parts = []
         for i, (p, array) in enumerate(zip(self.params, self.arrays, strict=True)):
             if p.data is not array:
                 raise RuntimeError(f"{label(i, p)} got another array in the closure, must stay the same in a step")
             grad = np.zeros_like(array) if p.grad is None else check_gradient(label(i, p), array, p.grad)
             parts.append(grad.reshape(-1))
-        return loss, np.concatenate(parts, dtype=self.dtype)
+        g = np.concatenate(parts, dtype=self.dtype)
+        return (value, -float(value), np.negative(g, out=g)) if self.maximize else (value, float(value), g)
 
     def move(self, t: float, d: Array) -> None:
         """Add t * d to the parameters."""
@@ -231,10 +237,10 @@ def iterate(line: Line, group: Group, entry: dict[str, Any]) -> tuple[Any, dict[
     lr, max_iter, max_eval = group["lr"], group["max_iter"], group["max_eval"]
     tolerance_grad, tolerance_change = group["tolerance_grad"], group["tolerance_change"]
     func_evals, n_iter = int(entry.get("func_evals", 0)), int(entry.get("n_iter", 0))
-    first_loss, g = line.evaluate()
-    loss, evals = float(first_loss), 1
+    first, loss, g = line.evaluate()
+    evals = 1
     if largest(g) <= tolerance_grad:
-        return first_loss, {"func_evals": func_evals + 1, "n_iter": n_iter}
+        return first, {"func_evals": func_evals + 1, "n_iter": n_iter}
     pairs = Pairs(entry, g.dtype)
     d, t, before = pairs.last
     loss_before = loss
@@ -257,8 +263,8 @@ def iterate(line: Line, group: Group, entry: dict[str, Any]) -> tuple[Any, dict[
         else:
             line.move(t, d)
             if i != max_iter:  # at a random loss, one more would be of no use
-                value, g = line.evaluate()
-                loss, made = float(value), 1
+                _, loss, g = line.evaluate()
+                made = 1
         evals += made
         if (
             i == max_iter
@@ -269,7 +275,7 @@ def iterate(line: Line, group: Group, entry: dict[str, Any]) -> tuple[Any, dict[
         ):
             break
     after = {"d": d, "t": t, **pairs.items(), "prev_flat_grad": before, "prev_loss": loss_before}
-    return first_loss, {"func_evals": func_evals + evals, "n_iter": n_iter, **after}
+    return first, {"func_evals": func_evals + evals, "n_iter": n_iter, **after}
 
 
 class Pairs:
@@ -330,9 +336,9 @@ def strong_wolfe(line: Line, d: Array, start: Point, t: float, most: int) -> tup
 
     def at(t: float) -> Point:
         line.move(t, d)
-        value, g = line.evaluate()
+        _, value, g = line.evaluate()
         go_back()
-        return t, float(value), g, product(g, d)
+        return t, value, g, product(g, d)
 
     def is_too_high(point: Point) -> bool:
         return point[1] > loss + decrease * point[0] * slope

@@ -60,12 +60,18 @@ def newton_schulz(u: Array, group: Group, eps: float) -> Array:
     return x.T if u.shape[0] > u.shape[1] else x
 
 
+_adjustment = one_of(None, "original", "match_rms_adamw", "spectral_unclamped")
+
+
 def learning_rate(group: Group, shape: tuple[int, ...]) -> float:
-    """Of an update of this shape."""
+    """Of an update of this shape; ValueError for an adjustment that only another version of torch knows."""
     rows, columns = shape
-    if group["adjust_lr_fn"] == "match_rms_adamw":
+    adjust_lr_fn = group["adjust_lr_fn"]
+    _adjustment("adjust_lr_fn", adjust_lr_fn)
+    if adjust_lr_fn == "match_rms_adamw":
         return float(group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
-    return float(group["lr"] * math.sqrt(max(1, rows / columns)))
+    ratio = rows / columns
+    return float(group["lr"] * math.sqrt(ratio if adjust_lr_fn == "spectral_unclamped" else max(1, ratio)))
 
 
 class Muon(PreparedOptimizer):
@@ -86,8 +92,8 @@ class Muon(PreparedOptimizer):
         ns_coefficients: the polynomial of the iteration.
         eps: the least norm that u is divided by, >= 0.
         ns_steps: iterations, an int from 0 to 99.
-        adjust_lr_fn: "original" or None as above; "match_rms_adamw" has 0.2 * sqrt(max(rows, columns)) instead, with
-            which the rate and decay of AdamW fit.
+        adjust_lr_fn: "original" or None as above; "spectral_unclamped" has sqrt(rows / columns) instead;
+            "match_rms_adamw" 0.2 * sqrt(max(rows, columns)), with which the rate and decay of AdamW fit.
         ns_dtype: the type of the iteration, "float32" or "float64"; None for "float32".
 
     State: "momentum_buffer" (m) per parameter.
@@ -104,9 +110,10 @@ class Muon(PreparedOptimizer):
         array([[-1.,  0.],
                [ 0.,  1.]])
 
-    Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024); adjust_lr_fn: Liu et al.,
-    Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2. As in torch, m is a moving mean, not a sum. torch
-    iterates in bfloat16. The products are NumPy's matmul, whose bits are those of its BLAS and its threads.
+    Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024); adjust_lr_fn: Bernstein,
+    Deriving Muon (2025), and Liu et al., Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2. As in
+    torch, m is a moving mean, not a sum. torch iterates in bfloat16. The products are NumPy's matmul, whose bits are
+    those of its BLAS and its threads.
     """
 
     state_names = {"momentum_buffer": None}
@@ -114,7 +121,7 @@ class Muon(PreparedOptimizer):
         "momentum": checks.fraction,
         "ns_coefficients": _coefficients,
         "ns_steps": _iterations,
-        "adjust_lr_fn": one_of(None, "original", "match_rms_adamw"),
+        "adjust_lr_fn": _adjustment,
         "ns_dtype": one_of(None, "float32", "float64"),
     }
     later = {"ns_dtype": None}
