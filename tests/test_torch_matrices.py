@@ -385,7 +385,18 @@ LBFGS = [
     for values in product((None, "strong_wolfe"), (1, 0.1, 1e-3), (100, 2), (None, 7))
 ]
 LBFGS += [{"tolerance_grad": 2.0}, {"tolerance_change": 0.1}]
-LBFGS += [{"maximize": True, "lr": 1e-3, "line_search_fn": f} for f in (None, "strong_wolfe") if LBFGS_MAXIMIZES]
+LBFGS += [{"maximize": True, "line_search_fn": each} for each in (None, "strong_wolfe") if LBFGS_MAXIMIZES]
+
+
+def negative(p: Any, closure: Any) -> Any:
+    """The closure of what has a maximum where the given one's has a minimum."""
+
+    def closure_of_negative() -> Any:
+        loss = closure()
+        p.grad *= -1
+        return -loss
+
+    return closure_of_negative
 
 
 @pytest.mark.parametrize("options", LBFGS, ids=str)
@@ -393,6 +404,8 @@ LBFGS += [{"maximize": True, "lr": 1e-3, "line_search_fn": f} for f in (None, "s
 def test_lbfgs_of_arrays_is_torchs(problem: Any, options: dict[str, Any]) -> None:
     """As many calls of the closure and the same path. The method multiplies differences: float64, and few steps."""
     p, q, ours, theirs = problem(torch.float64)
+    if options.get("maximize"):
+        ours, theirs = negative(p, ours), negative(q, theirs)
     options = {"max_iter": 6, **options}
     a, b = pyopt.LBFGS([p], **options), torch.optim.LBFGS([q], **options)
     for _ in range(3):
