@@ -6,15 +6,16 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
+from pyopt._asked cimport FILL
 from pyopt._engine cimport STATES, Averaged, Outcome, Work
 from pyopt._norms cimport Batch
 from pyopt._numpy_arrays cimport (
     NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS,
     PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
 )
-from pyopt._step cimport (
-    FILL, IDLE, MOST_STEPS, Plan, Row, View, Workspace, end_of, hold, is_dense, same_order, same_shape,
-)
+from pyopt._plans cimport Plan
+from pyopt._step cimport IDLE, MOST_STEPS, Row, Workspace, hold
+from pyopt._views cimport View, end_of, is_dense, same_order, same_shape
 
 from copy import deepcopy
 

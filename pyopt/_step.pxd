@@ -1,9 +1,12 @@
 # One step of an optimizer. The kinds of arrays it is made on: pyopt/_arrays.pyx, pyopt/torch/_tensors.pyx.
 
 from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport uint64_t
 
+from pyopt._asked cimport Asked, Average
 from pyopt._engine cimport AVERAGES, STATES, Averaged, Extras, Numbers, Rule, Work
+from pyopt._lock cimport Lock
+from pyopt._plans cimport Plan
 
 
 cdef enum:
@@ -17,26 +20,6 @@ cdef enum Route:
     LEFT  # to whoever else can step it
 
 
-cdef enum:  # what becomes of the gradients
-    KEEP
-    FILL  # zeros, in place
-    DROP  # None
-
-
-cdef struct View:  # what a step needs to know of an array
-    char *data
-    const int64_t *shape
-    const int64_t *strides  # in units of `unit` bytes
-    int ndim
-    int itemsize
-    int unit
-    Py_ssize_t size
-
-
-cdef bint same_shape(const View *a, const View *b) noexcept nogil
-cdef bint same_order(const View *a, const View *b) noexcept nogil
-cdef bint is_dense(const View *v) noexcept nogil
-cdef char *end_of(const View *v) noexcept nogil
 cdef void hold(PyObject **place, value) noexcept
 
 
@@ -65,6 +48,7 @@ cdef struct Row:  # one parameter
     Route route
     Py_ssize_t group
     Py_ssize_t slot  # of its scalars and its new counts
+    Py_ssize_t work  # its place in the work, -1 where the sweep has nothing to do for it
     Range read  # where its gradient lies
     bint beside  # no rule steps it, only what rides along
     bint keeps_gradient  # it cannot be filled with zeros in place, or shares memory with other things
@@ -80,35 +64,7 @@ cdef struct Row:  # one parameter
     bint careful  # it was left before: the closer look comes first
 
 
-cdef class Plan:
-    cdef dict seen
-    cdef readonly dict options
-    cdef readonly Rule rule
-    cdef readonly tuple names
-    cdef PyObject *name[STATES]
-    cdef object first_name
-    cdef bint stateless, finite
-    cdef object too_large
-
-
-cdef class Asked:
-    cdef double max_norm, gradient_factor
-    cdef int nonfinite, clearing
-    cdef bint needs_norm
-
-
-cdef class Average:
-    cdef public dict arrays, joined, kept
-    cdef public long long n_averaged, steps
-    cdef public bint is_swapped
-
-
-cdef class Workspace:
-    # The lock: who steps, and how often it was taken by the same thread.
-    cdef void *lock
-    cdef unsigned long owner
-    cdef int depth, forks
-    cdef bint stepping, walking  # in a step; in that or a look, which take the rows
+cdef class Workspace(Lock):
     # From step to step.
     cdef list plans
     cdef readonly object last_grad_norm
@@ -146,6 +102,7 @@ cdef class Workspace:
     cdef list averages, weights, averaged  # those that this step updates, how far, and (array, weight) row by row
     cdef list gradients, fills, drops  # as the parameters have them, and what becomes of those that are not swept
 
+    cdef bint gather(self, optimizer, list grads) except -1
     cdef int ask(self, optimizer, Asked asked) except -1
     cdef int ride(self, Average average, Rule rule) except -1
     cdef int take_averages(self, Row *row, Py_ssize_t index) except -1
@@ -155,16 +112,12 @@ cdef class Workspace:
     cdef int clip_gradients(self) noexcept
     cdef int prepare_clearing(self) except -1
     cdef int clear_rest(self) noexcept
-    cdef int skip(self) except -1
     cdef int add_idle_slot(self) except -1
     cdef bint keep_gradient(self, const Written *written) noexcept
     cdef double *reserve_sums(self, Py_ssize_t blocks) except NULL
 
-    cdef int begin(self, bint wait) except -1
-    cdef int give_back(self) noexcept
-    cdef int acquire(self, bint alone, bint wait) except -1
     cdef int collect(self, optimizer, list grads) except -1
-    cdef Plan plan(self, optimizer, Py_ssize_t g, group)
+    cdef Plan plan_of(self, optimizer, Py_ssize_t g, group)
     cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1
     cdef object last_copy(self, Py_ssize_t index)
     cdef int use_copy(self, Row *row, Py_ssize_t index, copy) except -1
@@ -182,7 +135,6 @@ cdef class Workspace:
     cdef int disarm(self) noexcept
     cdef int commit(self) noexcept
     cdef int store_shared_numbers(self) noexcept
-    cdef int end(self) noexcept
     cdef int reserve(self, Py_ssize_t n) except -1
 
     # What a kind of arrays answers.

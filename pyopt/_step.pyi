@@ -2,21 +2,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-MOST_AVERAGES: int
-
-class Asked: ...
-
-def asked(max_norm: float | None, nonfinite: str, zero_grad: bool | str, gradient_factor: float) -> Asked | None: ...
-
-class Average:
-    arrays: dict[Any, Any]
-    joined: dict[Any, int]
-    n_averaged: int
-    steps: int
-    is_swapped: bool
-    def is_due(self, step: int) -> bool: ...
-    def weight(self, n: int) -> float: ...
-    def restore(self, arrays: dict[Any, Any], joined: dict[Any, int], n_averaged: int, steps: int) -> None: ...
+from pyopt._asked import Asked, Average
 
 class Swapped:
     def __init__(self, average: Average, workspace: Workspace, optimizer: Any) -> None: ...

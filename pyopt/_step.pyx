@@ -12,10 +12,7 @@
 # From the last look to the end of commit no bytecode runs, so no signal and no exception can come between. A workspace
 # keeps nothing of the user's between steps; what it remembers are numbers, and plans made whole and put in place whole.
 
-from cpython.dict cimport (
-    PyDict_Copy, PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem, PyDict_Size,
-)
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.dict cimport PyDict_Copy, PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem
 from cpython.float cimport PyFloat_FromDouble
 from cpython.list cimport PyList_SetItem
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
@@ -25,17 +22,17 @@ from libc.math cimport fabs, isfinite
 from libc.stdlib cimport qsort
 from libc.string cimport memcmp, memcpy, memset
 
+from pyopt._asked cimport FILL, KEEP, RAISE, SKIP, Asked, Average
 from pyopt._engine cimport (
     AVERAGES, ROW_COST, STATES, SUMS, Averaged, Numbers, Outcome, Rule, Work, number_blocks, sweep,
 )
+from pyopt._lock cimport Lock
 from pyopt._norms cimport power_sums
-
-import os
+from pyopt._plans cimport Plan, is_as_seen, new_plan
 
 from pyopt import checks
 from pyopt._isa import kernels
 from pyopt._norms import clip_factor, norm_of
-from pyopt.checks import number, plain
 from pyopt.parameter import check_state_is_dict, label
 
 
@@ -44,195 +41,12 @@ cdef extern from *:
     #include <float.h>
     """
     const double FLT_MAX
-    const double FLT_TRUE_MIN
 
-cdef extern from "Python.h" nogil:
-    enum: PY_LOCK_INTR
-    void *PyThread_allocate_lock()
-    void PyThread_free_lock(void *)
-    int PyThread_acquire_lock(void *, int wait)
-    int PyThread_acquire_lock_timed(void *, long long microseconds, int interruptible)
-    void PyThread_release_lock(void *)
-    unsigned long PyThread_get_thread_ident()
-
-
-# --- views ------------------------------------------------------------------------------------------------------------
-
-cdef bint same_shape(const View *a, const View *b) noexcept nogil:
-    cdef int i
-    if a.ndim != b.ndim:
-        return False
-    for i in range(a.ndim):
-        if a.shape[i] != b.shape[i]:
-            return False
-    return True
-
-
-cdef bint same_order(const View *a, const View *b) noexcept nogil:
-    """Whether two arrays of one shape and type lay their elements out alike; a length of 1 has no stride."""
-    cdef int i
-    if a.size == 0:
-        return True
-    for i in range(a.ndim):
-        if a.strides[i] != b.strides[i] and a.shape[i] > 1:
-            return False
-    return True
-
-
-cdef bint is_dense(const View *v) noexcept nogil:
-    """Whether the elements lie side by side, in any order of the axes."""
-    cdef int64_t expected = v.itemsize // v.unit
-    cdef int i, _i, j
-    for i in range(v.ndim - 1, -1, -1):
-        if v.shape[i] != 1 and v.strides[i] != expected:
-            break
-        expected *= v.shape[i]
-    else:
-        return True
-    if v.size == 0:
-        return True
-    # Each axis must continue where those of smaller strides end.
-    expected = v.itemsize // v.unit
-    for _i in range(v.ndim):
-        for j in range(v.ndim):
-            if v.shape[j] > 1 and v.strides[j] == expected:
-                expected *= v.shape[j]
-                break
-        else:
-            break
-    return expected == v.size * (v.itemsize // v.unit)
-
-
-cdef char *end_of(const View *v) noexcept nogil:
-    """Behind the last element of a dense array."""
-    return v.data + v.size * v.itemsize
-
-
-# --- plans ------------------------------------------------------------------------------------------------------------
-
-cdef class Plan:
-    """What a step needs to know of a group: made whole, of a copy of it, and never changed.
-
-    seen: the group's values that it was made of; None where one of them could change inside, so that it serves once.
-    options: the hyper-parameters as Python numbers.
-    rule: what steps the group.
-    names: the state array behind each stream of the rule, None where the options need none; None for a group that
-    the kernels do not step.
-    """
-
-
-cdef bint is_constant(value) noexcept:
-    cdef object kind = type(value)
-    if kind is tuple:
-        for item in <tuple>value:
-            if not is_constant(item):
-                return False
-        return True
-    return kind is float or kind is int or kind is bool or kind is str or value is None
-
-
-cdef bint is_as_seen(group, dict seen) except -1:
-    """Whether a group holds the very values that a plan was made of."""
-    cdef Py_ssize_t position = 0, others = 0
-    cdef PyObject *key
-    cdef PyObject *value
-    if seen is None or not isinstance(group, dict):
-        return False
-    while PyDict_Next(group, &position, &key, &value):
-        if type(<object>key) is not str:
-            return False
-        if PyDict_GetItemWithError(seen, <object>key) == value:
-            continue
-        if <str><object>key == "params" or <str><object>key == "param_names":
-            others += 1
-        else:
-            return False
-    return PyDict_GetItemWithError(group, "params") != NULL and PyDict_Size(group) - others == PyDict_Size(seen)
-
-
-cdef list numbers_of(dict options, known):
-    """(number, name, value) of the known options; a pair has two."""
-    cdef list numbers = []
-    for name, value in options.items():
-        if name in known:
-            for x in value if isinstance(value, tuple) else (value,):
-                if isinstance(x, (int, float)):
-                    numbers.append((x, name, value))
-    return numbers
-
-
-cdef object first_too_large(list numbers, exempt):
-    """The message for an option that is finite in double, and in float32 is not, or becomes 0."""
-    for x, name, value in numbers:
-        if name not in exempt and x != 0 and not FLT_TRUE_MIN / 2 < abs(x) <= FLT_MAX and isfinite(x):
-            return f"{name} == {value!r}, must be a number of float32: at most 3.4e38, if not 0 at least 1.4e-45"
-    return None
-
-
-# --- what a step may be asked for beside its rule ---------------------------------------------------------------------
-
-MOST_AVERAGES = AVERAGES  # of one optimizer
 cdef Rule AVERAGE = kernels.average
 cdef Rule EXCHANGE = kernels.exchange
 cdef Rule NOTHING = kernels.nothing
-
-cdef double INFINITY = float("inf")
-
-cdef enum:  # what a norm that is not finite does
-    APPLY
-    RAISE
-    SKIP
-
-
-cdef class Asked:
-    """The arguments of a step, checked: `max_norm`, `nonfinite`, `zero_grad`, `gradient_factor`."""
-
-    def __init__(self, max_norm, nonfinite, zero_grad, gradient_factor):
-        number("gradient_factor", gradient_factor)
-        self.gradient_factor = gradient_factor
-        if max_norm is not None:
-            if max_norm != INFINITY:
-                number("max_norm", max_norm, above=0)
-            self.max_norm = max_norm
-        if nonfinite not in ("apply", "raise", "skip"):
-            raise ValueError(f"nonfinite == {nonfinite!r}, must be 'apply', 'raise' or 'skip'")
-        if not isinstance(zero_grad, bool) and zero_grad != "set_to_none":
-            raise ValueError(f"zero_grad == {zero_grad!r}, must be False, True or 'set_to_none'")
-        self.nonfinite = ("apply", "raise", "skip").index(nonfinite)
-        self.clearing = DROP if zero_grad == "set_to_none" else FILL if zero_grad else KEEP
-        self.needs_norm = max_norm is not None or self.nonfinite != APPLY
-
-
-def asked(max_norm, nonfinite, zero_grad, gradient_factor):
-    """What a step is asked for, None where it is for nothing."""
-    if (max_norm is None and nonfinite == "apply" and zero_grad is False and type(gradient_factor) is float
-            and gradient_factor == 1):
-        return None
-    return Asked(max_norm, nonfinite, zero_grad, gradient_factor)
-
-
-cdef class Average:
-    """An average of the parameters of an optimizer, which its steps update.
-
-    arrays: by parameter; n_averaged: how often it was updated; joined: n_averaged when a parameter came, where it came
-    later; steps: of the optimizer since it was attached; is_swapped: whether the parameters and it have changed places;
-    kept: what the places of the parameters cannot hold meanwhile.
-    """
-
-    def __cinit__(self):
-        self.arrays, self.joined, self.kept = {}, {}, {}
-
-    def is_due(self, step):
-        """Whether it is updated in a step, counted from 1."""
-        raise NotImplementedError
-
-    def weight(self, n):
-        """How far it moves towards a parameter, 0 to 1, in update n of that, from 0."""
-        raise NotImplementedError
-
-    def restore(self, dict arrays, dict joined, long long n_averaged, long long steps):
-        """Become what another one was."""
-        self.arrays, self.joined, self.n_averaged, self.steps = arrays, joined, n_averaged, steps
+cdef long long MOST_STEPS = checks.MOST_STEPS
+cdef list NO_AVERAGES = []
 
 
 cdef class Swapped:
@@ -254,33 +68,10 @@ cdef class Swapped:
         self.workspace.exchange(self.optimizer, self.average)
 
 
-# --- the lock ---------------------------------------------------------------------------------------------------------
-
-cdef long long MOST_STEPS = checks.MOST_STEPS
-cdef int forks = 0
-cdef list NO_AVERAGES = []
-
-
-def _after_fork():
-    global forks
-    forks += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-cdef class Workspace:
-    """What the steps of one optimizer use again, and the lock that lets one thread at a time at it.
-
-    As a context manager it is held for reading: `with workspace:` waits until no other thread is in a step.
-    """
+cdef class Workspace(Lock):
+    """What the steps of one optimizer use again, and the lock that lets one thread at a time at it."""
 
     def __cinit__(self):
-        self.lock = PyThread_allocate_lock()
-        if self.lock == NULL:
-            raise MemoryError("no memory for a lock")
-        self.forks = forks
         self.plans = []
         self.n_known = -1
         self.gradient_factor = self.clip = 1
@@ -290,7 +81,6 @@ cdef class Workspace:
         return type(self), ()  # a copy begins anew
 
     def __dealloc__(self):
-        PyThread_free_lock(self.lock)
         PyMem_Free(self.rows)
         PyMem_Free(self.work)
         PyMem_Free(self.numbers)
@@ -299,57 +89,6 @@ cdef class Workspace:
         PyMem_Free(self.written)
         PyMem_Free(self.known)
         PyMem_Free(self.ordered)
-
-    def __enter__(self):
-        self.acquire(False, True)
-        return self
-
-    def __exit__(self, *exc):
-        self.give_back()
-
-    cdef int begin(self, bint wait) except -1:
-        """Enter a step; RuntimeError if one has begun already, in another thread unless it waits for its end."""
-        self.acquire(True, wait)
-        self.walking = True
-        self.stepping = not wait  # who only looks is waited for
-        return 0
-
-    cdef int acquire(self, bint alone, bint wait) except -1:
-        cdef unsigned long me = PyThread_get_thread_ident()
-        cdef int got
-        if self.forks != forks:
-            self.forks = forks
-            if not (self.depth and self.owner == me):  # who held it does not exist in this child
-                self.lock = PyThread_allocate_lock()  # the old one may be held: it is not freed
-                if self.lock == NULL:
-                    raise MemoryError("no memory for a lock")
-                self.depth = 0
-                self.end()
-        if self.depth and self.owner == me:
-            if alone and self.walking:
-                raise RuntimeError("step() of this optimizer is already running: it was called from inside itself")
-            self.depth += 1
-            return 0
-        if not PyThread_acquire_lock(self.lock, 0):
-            if self.stepping and not wait:
-                raise RuntimeError("step() of this optimizer is already running in another thread")
-            while True:
-                with nogil:
-                    got = PyThread_acquire_lock_timed(self.lock, -1, 1)
-                if got != PY_LOCK_INTR:
-                    break
-                PyErr_CheckSignals()
-        self.owner = me
-        self.depth = 1
-        return 0
-
-    cdef int give_back(self) noexcept:
-        self.depth -= 1
-        if self.depth == 0:
-            PyThread_release_lock(self.lock)
-        return 0
-
-    # --- the walk -----------------------------------------------------------------------------------------------------
 
     def step(self, optimizer, list grads=None, Asked asked=None, double gradient_factor=1):
         """One step of the optimizer's rule on every parameter that has a gradient: all of it, or an error and nothing.
@@ -362,12 +101,7 @@ cdef class Workspace:
         try:
             self.gradient_factor = gradient_factor
             self.ask(optimizer, asked)
-            self.collect(optimizer, grads)
-            self.look(optimizer)
-            if self.needs_norm and not self.norm_known:
-                self.take_norm()
-            if self.skips:
-                self.skip()
+            if not self.gather(optimizer, grads):
                 return
             if self.enter_states():
                 self.look(optimizer)
@@ -397,12 +131,7 @@ cdef class Workspace:
             self.ask(optimizer, asked)
             rides = self.has_extras or self.needs_norm or self.clearing != KEEP or len(self.counted) > 0
             if rides:
-                self.collect(optimizer, grads)
-                self.look(optimizer)
-                if self.needs_norm and not self.norm_known:
-                    self.take_norm()
-                if self.skips:
-                    self.skip()
+                if not self.gather(optimizer, grads):
                     return
             outcome = function(grads, self.gradient_factor * self.clip)
             try:
@@ -424,6 +153,18 @@ cdef class Workspace:
         finally:
             self.end()
             self.give_back()
+
+    cdef bint gather(self, optimizer, list grads) except -1:
+        """Collect and look, and take the norm where it is asked for; whether the step is to be made."""
+        self.collect(optimizer, grads)
+        self.look(optimizer)
+        if self.needs_norm and not self.norm_known:
+            self.take_norm()
+        if self.skips:
+            self.prepare_clearing()
+            self.skipped_steps += 1
+            self.clear_rest()
+        return not self.skips
 
     def exchange(self, optimizer, Average average):
         """Let the parameters and an average change places."""
@@ -512,21 +253,20 @@ cdef class Workspace:
             self.average_capacity = n
         return &self.averaged_at[work * AVERAGES]
 
-    def squares(self, double power, double scale):
+    def gradient_sums(self, double power, double scale):
         """Per gradient the sum of (|x| * scale)**power, in the parameters' order."""
         cdef list swept = power_sums(self.work, self.n_work, power, scale), found = []
-        cdef Py_ssize_t k, w = 0
+        cdef Py_ssize_t k
         for k in range(self.n_rows):
-            if w < self.n_work and self.work[w].row == k:
-                found.append(swept[w])
-                w += 1
+            if self.rows[k].work >= 0:
+                found.append(swept[self.rows[k].work])
             elif self.rows[k].grad != NULL:
                 found.append(self.left_sum(&self.rows[k], power, scale))
         return found
 
     cdef int take_norm(self) except -1:
         """The norm of all gradients, and what follows from it."""
-        cdef double norm_of_all = norm_of(self.squares, 2) * fabs(self.gradient_factor)
+        cdef double norm_of_all = norm_of(self.gradient_sums, 2) * fabs(self.gradient_factor)
         cdef Py_ssize_t k
         self.norm_known = True
         self.last_grad_norm = norm_of_all
@@ -561,22 +301,19 @@ cdef class Workspace:
 
     cdef int prepare_clearing(self) except -1:
         """Note the gradients that the sweep does not clear: to be filled in place, or dropped."""
-        cdef Py_ssize_t k, w = 0
-        cdef bint swept
+        cdef Py_ssize_t k
+        cdef Row *row
         if self.clearing == KEEP:
             return 0
         self.fills, self.drops = [], []
         for k in range(self.n_rows):
-            swept = False
-            if w < self.n_work and self.work[w].row == k:
-                swept = self.work[w].clears and not self.skips
-                w += 1
-            if self.rows[k].grad == NULL or swept:
+            row = &self.rows[k]
+            if row.grad == NULL or row.work >= 0 and self.work[row.work].clears and not self.skips:
                 continue
-            if self.clearing == FILL and not self.rows[k].keeps_gradient:
+            if self.clearing == FILL and not row.keeps_gradient:
                 self.fills.append(self.gradients[k])
             else:
-                self.drops.append(<object>self.rows[k].param)
+                self.drops.append(<object>row.param)
         return 0
 
     cdef int clear_rest(self) noexcept:
@@ -589,13 +326,6 @@ cdef class Workspace:
                 PyObject_SetAttr(param, "grad", None)
         except BaseException:  # the step is done
             pass
-        return 0
-
-    cdef int skip(self) except -1:
-        """Count a step that is not made."""
-        self.prepare_clearing()
-        self.skipped_steps += 1
-        self.clear_rest()
         return 0
 
     # --- collect ------------------------------------------------------------------------------------------------------
@@ -627,7 +357,7 @@ cdef class Workspace:
         n = len(self.groups)
         for g in range(n):
             group = self.groups[g]
-            plan = None if self.bare else self.plan(optimizer, g, group)
+            plan = None if self.bare else self.plan_of(optimizer, g, group)
             self.new_plans.append(plan)
             if self.bare and not isinstance(group, dict):
                 raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
@@ -676,35 +406,12 @@ cdef class Workspace:
             raise ValueError(f"grads has {len(grads)} items, must have {k}: one per parameter")
         return 0
 
-    cdef Plan plan(self, optimizer, Py_ssize_t g, group):
+    cdef Plan plan_of(self, optimizer, Py_ssize_t g, group):
         """The plan of a group: the one of the last step, or a new one where the group has changed."""
-        cdef Plan plan
         if g < len(self.plans) and is_as_seen(group, (<Plan>self.plans[g]).seen):
             return self.plans[g]
-        if not isinstance(group, dict):
-            raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
         self.unsteady = True
-        group = PyDict_Copy(group)  # as it is now, whatever other threads do to it
-        plan = Plan.__new__(Plan)
-        seen = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        optimizer.check_group(group)
-        plan.options = {**optimizer.later, **plain(group)}
-        plan.rule = optimizer.rule_of(plan.options)
-        plan.names = optimizer.state_streams(plan.options)
-        if plan.names is not None and len(plan.names) > STATES:
-            raise ValueError(f"state_streams returned {plan.names}, must have at most {STATES} names")
-        plan.first_name = "step" if self.counts_steps else None
-        for j, name in enumerate(plan.names or ()):
-            if name is not None:
-                plan.name[j] = <PyObject *>name  # held by names
-                if plan.first_name is None:
-                    plan.first_name = name
-        plan.stateless = plan.first_name is None
-        numbers = numbers_of(plan.options, optimizer.defaults)
-        plan.too_large = first_too_large(numbers, optimizer.shared_numbers)
-        plan.finite = all([isfinite(x) for x, _, _ in numbers if isinstance(x, float)])
-        plan.seen = seen if all(type(key) is str and is_constant(value) for key, value in seen.items()) else None
-        return plan
+        return new_plan(optimizer, g, group, self.counts_steps)
 
     cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1:
         """Take the state of a row, or a new one; the number of its step, 1 or 2 where steps are not counted."""
@@ -837,9 +544,10 @@ cdef class Workspace:
             row = &self.rows[k]
             w = &self.work[self.n_work]
             w.clears = False
+            row.work = -1
             if not self.look_at(row, k, w):
                 continue
-            w.row = k
+            w.row, row.work = k, self.n_work
             w.start = cost
             w.slot = row.slot
             if not w.is_double and self.slot_errors[row.slot] is not None:
@@ -1068,8 +776,8 @@ cdef class Workspace:
         self.extras.averages = self.clearing = self.nonfinite = 0
         self.max_norm, self.clip = 0, 1
         self.has_extras = self.needs_norm = self.norm_known = self.skips = self.bare = self.exchanging = False
-        self.stepping = self.unsteady = self.walking = False
-        return 0
+        self.unsteady = False
+        return Lock.end(self)
 
     cdef int reserve(self, Py_ssize_t n) except -1:
         """Make room for n rows."""

@@ -9,7 +9,8 @@ from itertools import starmap
 from operator import call
 from typing import Any, ClassVar
 
-from pyopt._step import MOST_AVERAGES, Average, Swapped
+from pyopt._asked import MOST_AVERAGES, Average
+from pyopt._step import Swapped
 from pyopt.checks import at_least, count, fraction, non_negative
 from pyopt.parameter import label
 

@@ -48,6 +48,12 @@ def positive(name: str, value: Any) -> None:
     number(name, value, above=0)
 
 
+def positive_or_inf(name: str, value: Any) -> None:
+    """A number > 0, or inf."""
+    if value != math.inf:
+        number(name, value, above=0)
+
+
 def fraction(name: str, value: Any) -> None:
     """A number from 0 to 1, both allowed."""
     number(name, value, 0, 1)

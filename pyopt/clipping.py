@@ -11,7 +11,7 @@ import numpy as np
 from pyopt._arrays import ArrayBatch, with_gradients
 from pyopt._isa import kernels
 from pyopt._norms import clip_factor, norm_of
-from pyopt.checks import non_negative, number
+from pyopt.checks import non_negative, positive_or_inf
 from pyopt.parameter import Parameter, check_no_overlap, memory_ranges
 
 
@@ -72,8 +72,7 @@ def clip_grad_norm_(
     Source: torch.nn.utils.clip_grad_norm_; R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurrent
     neural networks" (2013), section 3.2. A gradient of two parameters is multiplied once.
     """
-    if max_norm != math.inf:
-        number("max_norm", max_norm, above=0)
+    positive_or_inf("max_norm", max_norm)
     batch = _batch(parameters)
     norm = _norm(batch, norm_type, error_if_nonfinite)
     _scale(batch, clip_factor(max_norm, norm))
@@ -96,8 +95,7 @@ def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: float) -
         >>> w.grad.round(3)
         array([0.5])
     """
-    if max_norm != math.inf:
-        number("max_norm", max_norm, above=0)
+    positive_or_inf("max_norm", max_norm)
     if not (isinstance(total_norm, float) and not math.isfinite(total_norm) and total_norm != -math.inf):
         non_negative("total_norm", total_norm)
     _scale(_batch(parameters), clip_factor(max_norm, total_norm))
@@ -129,8 +127,7 @@ def clip_grad_value_(parameters: Any, clip_value: float) -> None:
 
 def check_norm_type(norm_type: float) -> None:
     """Raise unless it is > 0 or inf."""
-    if norm_type != math.inf:
-        number("norm_type", norm_type, above=0)
+    positive_or_inf("norm_type", norm_type)
 
 
 def check_finite(norm: float, norm_type: float) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 
 from pyopt import _state_dict, checks
 from pyopt._arrays import ArrayWorkspace, update_all
+from pyopt._asked import Asked, Average, asked
 from pyopt._engine import Rule
 from pyopt._groups import Group as Group
 from pyopt._groups import as_groups, as_parameters, check_keys, gradients_in_order
 from pyopt._options import CHECKS, LATER, check_declaration, check_options
 from pyopt._state_dict import StateDict
-from pyopt._step import Asked, Average, asked
 from pyopt.hooks import Hooked, Hooks, global_step_post_hooks, global_step_pre_hooks
 from pyopt.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from pyopt.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook

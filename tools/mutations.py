@@ -255,10 +255,8 @@ MUTATIONS = [
             "an overlap that comes later is not seen",
         ),
         ("row.free_version == self.version and ", "", "a gradient on memory that is written now is taken for free"),
-        ("and is_constant(value) for", "for", "an option that changes inside is not seen"),
         ("            let_go(&row.grad)\n", "", "gradients are held for ever"),
         ("        if self.armed:\n            self.disarm()\n", "", "a failed first step leaves state"),
-        ("        if self.forks != forks:\n", "        if False:\n", "a child waits for a thread that does not exist"),
         (
             "            if self.enter_states():\n                self.look(optimizer)",
             "            self.enter_states()",
@@ -266,8 +264,14 @@ MUTATIONS = [
         ),
     ),
     *of(
-        "pyopt/_step.pyx",
-        "tests/test_engine.py::test_two_threads_on_one_optimizer_get_an_error",
+        "pyopt/_plans.pyx",
+        "tests/test_faults.py tests/test_beside_step.py",
+        ("and is_constant(value) for", "for", "an option that changes inside is not seen"),
+    ),
+    *of(
+        "pyopt/_lock.pyx",
+        "tests/test_beside_step.py tests/test_engine.py::test_two_threads_on_one_optimizer_get_an_error",
+        ("        if self.forks != forks:\n", "        if False:\n", "a child waits for a thread that does not exist"),
         ("if self.stepping and not wait:", "if False:", "a second thread waits instead of being told"),
     ),
     *of(

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pyopt import _state_dict
+from pyopt._asked import Asked
 from pyopt._matrix import Writes
-from pyopt._step import Asked
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.parameter import (

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pyopt import checks
+from pyopt._asked import Asked
 from pyopt._isa import kernels
 from pyopt._matrix import Writes, apply_rule, dot
-from pyopt._step import Asked
 from pyopt.checks import plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._prepared import in_order

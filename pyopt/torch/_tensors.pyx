@@ -15,12 +15,12 @@ from cpython.ref cimport Py_INCREF
 from libc.math cimport isfinite
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from pyopt._asked cimport FILL, Average
 from pyopt._engine cimport AVERAGES, STATES, Averaged, Rule, Work
 from pyopt._norms cimport Batch
-from pyopt._step cimport (
-    COUNTS, FILL, IDLE, KERNEL, LEFT, MOST_STEPS, Average, Plan, Row, View, Workspace, end_of, hold, is_dense,
-    same_order, same_shape,
-)
+from pyopt._plans cimport Plan
+from pyopt._step cimport COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Row, Workspace, hold
+from pyopt._views cimport View, end_of, is_dense, same_order, same_shape
 
 import sys
 from struct import pack

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 import pyopt
+from pyopt._asked import Asked
 from pyopt._matrix import Writes
 from pyopt._options import check_options
-from pyopt._step import Asked
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizers._prepared import Array, PreparedOptimizer, in_order
 from pyopt.optimizers.muon import COEFFICIENTS, learning_rate, one_of

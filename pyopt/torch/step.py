@@ -16,8 +16,8 @@ from torch.optim import optimizer as torch_optimizer
 
 import pyopt
 from pyopt import checks
+from pyopt._asked import Average, asked
 from pyopt._options import check_options
-from pyopt._step import Average, asked
 from pyopt.torch._tensors import TensorWorkspace
 from pyopt.torch.fallback import step_by_torch
 

@@ -1,0 +1,94 @@
+# The lock around the steps of one optimizer: one thread at a time, which a fork does not leave held.
+
+from cpython.exc cimport PyErr_CheckSignals
+
+import os
+
+
+cdef extern from "Python.h" nogil:
+    enum: PY_LOCK_INTR
+    void *PyThread_allocate_lock()
+    void PyThread_free_lock(void *)
+    int PyThread_acquire_lock(void *, int wait)
+    int PyThread_acquire_lock_timed(void *, long long microseconds, int interruptible)
+    void PyThread_release_lock(void *)
+    unsigned long PyThread_get_thread_ident()
+
+
+cdef int forks = 0
+
+
+def _after_fork():
+    global forks
+    forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+cdef class Lock:
+    """As a context manager it is held for reading: `with lock:` waits until no other thread is in a step."""
+
+    def __cinit__(self):
+        self.lock = PyThread_allocate_lock()
+        if self.lock == NULL:
+            raise MemoryError("no memory for a lock")
+        self.forks = forks
+
+    def __dealloc__(self):
+        PyThread_free_lock(self.lock)
+
+    def __enter__(self):
+        self.acquire(False, True)
+        return self
+
+    def __exit__(self, *exc):
+        self.give_back()
+
+    cdef int begin(self, bint wait) except -1:
+        """Enter a step; RuntimeError if one has begun already, in another thread unless it waits for its end."""
+        self.acquire(True, wait)
+        self.walking = True
+        self.stepping = not wait  # who only looks is waited for
+        return 0
+
+    cdef int acquire(self, bint alone, bint wait) except -1:
+        cdef unsigned long me = PyThread_get_thread_ident()
+        cdef int got
+        if self.forks != forks:
+            self.forks = forks
+            if not (self.depth and self.owner == me):  # who held it does not exist in this child
+                self.lock = PyThread_allocate_lock()  # the old one may be held: it is not freed
+                if self.lock == NULL:
+                    raise MemoryError("no memory for a lock")
+                self.depth = 0
+                self.end()
+        if self.depth and self.owner == me:
+            if alone and self.walking:
+                raise RuntimeError("step() of this optimizer is already running: it was called from inside itself")
+            self.depth += 1
+            return 0
+        if not PyThread_acquire_lock(self.lock, 0):
+            if self.stepping and not wait:
+                raise RuntimeError("step() of this optimizer is already running in another thread")
+            while True:
+                with nogil:
+                    got = PyThread_acquire_lock_timed(self.lock, -1, 1)
+                if got != PY_LOCK_INTR:
+                    break
+                PyErr_CheckSignals()
+        self.owner = me
+        self.depth = 1
+        return 0
+
+    cdef int give_back(self) noexcept:
+        self.depth -= 1
+        if self.depth == 0:
+            PyThread_release_lock(self.lock)
+        return 0
+
+    cdef int end(self) noexcept:
+        """Let go of all that the walk has held."""
+        self.stepping = self.walking = False
+        return 0

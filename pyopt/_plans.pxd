@@ -1,0 +1,20 @@
+# What a step needs to know of a param group.
+
+from cpython.object cimport PyObject
+
+from pyopt._engine cimport STATES, Rule
+
+
+cdef class Plan:
+    cdef dict seen
+    cdef readonly dict options
+    cdef readonly Rule rule
+    cdef readonly tuple names
+    cdef PyObject *name[STATES]
+    cdef object first_name
+    cdef bint stateless, finite
+    cdef object too_large
+
+
+cdef bint is_as_seen(group, dict seen) except -1
+cdef Plan new_plan(optimizer, Py_ssize_t g, group, bint counts_steps)
