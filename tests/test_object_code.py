@@ -53,7 +53,10 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return source.read_text(), result.stderr
 
 
-@pytest.mark.parametrize("module", ["_engine", "_matrix", "_norms", "_lock", "_plans", "_asked", "_step", "_arrays", "_kernels", "torch/_tensors"])
+@pytest.mark.parametrize(
+    "module",
+    ["_engine", "_matrix", "_norms", "_lock", "_plans", "_asked", "_step", "_arrays", "_kernels", "torch/_tensors"],
+)
 def test_baseline_has_no_avx(module: str) -> None:
     """What runs before the CPU has been asked must run on every x86-64."""
     code = disassembly(module)
