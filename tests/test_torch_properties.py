@@ -313,6 +313,11 @@ class Walk(RuleBasedStateMachine):
         if theirs is not None:
             self.reset()
 
+    def alike(self, j: int, what: str, key: int) -> bool:
+        """Whether a memory has one layout in both worlds: torch's first momentum has its gradient's, ours p's."""
+        first, second = (world.memory(j, what, key) for world in self.worlds)
+        return first is not None and second is not None and first.stride() == second.stride()
+
     def reset(self) -> None:
         for world in self.worlds:
             world.reset()
@@ -331,6 +336,8 @@ class Walk(RuleBasedStateMachine):
         what=places,
     )
     def gradient(self, i: int, kind: str, seed: int, j: int, what: str) -> None:
+        if kind == "shared" and not self.alike(j, what, seed):
+            return
         self.sane &= kind not in ("sparse", "shared")
         self.both("gradient", i, kind, seed, j, what)
 
@@ -363,6 +370,8 @@ class Walk(RuleBasedStateMachine):
         what=places,
     )
     def state(self, i: int, key: int, kind: str, seed: int, j: int, what: str) -> None:
+        if kind == "shared" and not self.alike(j, what, seed):
+            return
         self.sane &= kind in ("clone", "new", "transposed", "own")
         self.both("state", i, key, kind, seed, j, what)
 
