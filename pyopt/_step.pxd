@@ -50,6 +50,7 @@ cdef struct Row:  # one parameter
     Py_ssize_t slot  # of its scalars and its new counts
     Py_ssize_t work  # its place in the work, -1 where the sweep has nothing to do for it
     Range read  # where its gradient lies
+    bint is_flat  # it stands for many parameters, whose gradients stay where they are
     bint beside  # no rule steps it, only what rides along
     bint keeps_gradient  # it cannot be filled with zeros in place, or shares memory with other things
     Range filled  # where its gradient lies that will be
@@ -138,6 +139,7 @@ cdef class Workspace(Lock):
     cdef int reserve(self, Py_ssize_t n) except -1
 
     # What a kind of arrays answers.
+    cdef list units(self, list params, Py_ssize_t g, Plan plan)
     cdef int take(self, Row *row, Py_ssize_t index) except -1
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1
     cdef int check_entry(self, Row *row, Py_ssize_t index) except -1

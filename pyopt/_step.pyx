@@ -310,7 +310,7 @@ cdef class Workspace(Lock):
             row = &self.rows[k]
             if row.grad == NULL or row.work >= 0 and self.work[row.work].clears and not self.skips:
                 continue
-            if self.clearing == FILL and not row.keeps_gradient:
+            if (self.clearing == FILL or row.is_flat) and not row.keeps_gradient:
                 self.fills.append(self.gradients[k])
             else:
                 self.drops.append(<object>row.param)
@@ -365,7 +365,7 @@ cdef class Workspace(Lock):
             if found == NULL or not isinstance(<object>found, (list, tuple)):
                 what = "missing" if found == NULL else f"a {type(<object>found).__name__}"
                 raise TypeError(f"'params' of param group {g} is {what}, must be a list of parameters")
-            params = list(<object>found)
+            params = self.units(list(<object>found), g, plan)
             if grads is not None and len(grads) < k + len(params):
                 raise ValueError(f"grads has {len(grads)} items, must have more: one per parameter")
             self.reserve(k + len(params))
@@ -791,6 +791,10 @@ cdef class Workspace(Lock):
         return 0
 
     # --- what a kind of arrays answers --------------------------------------------------------------------------------
+
+    cdef list units(self, list params, Py_ssize_t g, Plan plan):
+        """What is stepped as one parameter each, of the parameters of a group."""
+        return params
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         """Check what kind of object a parameter is, and take the array behind it."""

@@ -17,6 +17,8 @@ from pyopt.torch.clipping import get_total_norm as get_total_norm
 from pyopt.torch.convert import from_torch as from_torch
 from pyopt.torch.convert import to_torch as to_torch
 from pyopt.torch.explain import explain as explain
+from pyopt.torch.flat import flatten as flatten
+from pyopt.torch.flat import unflatten as unflatten
 from pyopt.torch.matrices import MuonAdamW as MuonAdamW
 from pyopt.torch.optimizers import *  # noqa: F403
 

@@ -9,13 +9,16 @@ from cpython.bytes cimport PyBytes_AsString
 from cpython.dict cimport PyDict_GetItemWithError
 from cpython.exc cimport PyErr_Clear
 from cpython.list cimport PyList_SetItem
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject, PyObject_CallFunctionObjArgs
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF
+from cpython.weakref cimport PyWeakref_GetObject
 from libc.math cimport isfinite
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
 
-from pyopt._asked cimport FILL, Average
+from pyopt._asked cimport FILL, RAISE, Average
 from pyopt._engine cimport AVERAGES, STATES, Averaged, Rule, Work
 from pyopt._norms cimport Batch
 from pyopt._plans cimport Plan
@@ -24,6 +27,7 @@ from pyopt._views cimport View, end_of, is_dense, same_order, same_shape
 
 import sys
 from struct import pack
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -253,6 +257,7 @@ cdef class TensorWorkspace(Workspace):
     # The tensors that are written. A list as long, made anew, has malloc tidy up all gradients freed since.
     cdef list touched
     cdef list layouts  # shapes and strides behind the views that do not come from the exchange API
+    cdef object folding  # how parameters that lie in one block are stepped as one; None in a step without
 
     def __cinit__(self):
         self.touched = []
@@ -326,10 +331,37 @@ cdef class TensorWorkspace(Workspace):
 
     cdef int collect(self, optimizer, list grads) except -1:
         self.layouts = []
+        self.folding = None
+        if (flats or type(optimizer.state) is flat_state) and not self.dry:
+            plain = grads is None and not self.bare and not optimizer._averages and self.nonfinite != RAISE
+            self.folding = fold(self, optimizer, plain)
         return Workspace.collect(self, optimizer, grads)
+
+    def is_walking(self):
+        """Whether a step has taken its rows; to be asked by who holds the lock."""
+        return self.walking
+
+    def can_fold(self, optimizer, Py_ssize_t g, group):
+        """Whether the rule of a group steps each element by itself."""
+        cdef Plan plan = self.plan_of(optimizer, g, group)
+        return is_elementwise(plan) and len(optimizer.number_states) == 0
+
+    cdef list units(self, list params, Py_ssize_t g, Plan plan):
+        if self.folding is None:
+            return params
+        given, units = self.folding.groups[g]
+        if given is None:
+            return params
+        if len(given) != len(params) or not is_elementwise(plan):
+            raise RuntimeError(f"param group {g} changes while a step looks at it")
+        for p, q in zip(given, params):
+            if p is not q:
+                raise RuntimeError(f"param group {g} changes while a step looks at it")
+        return units
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         hold(&row.data, <object>row.param)
+        row.is_flat = self.folding is not None and self.folding.flat_of(<object>row.param) is not None
         return 0
 
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
@@ -572,6 +604,34 @@ cdef class TensorWorkspace(Workspace):
         finally:
             set_recording(recording)
 
+    def gradient_sums(self, double power, double scale):
+        """For flattened parameters one sum each, so that a norm has the same bits."""
+        cdef Batch batch
+        cdef Flat flat
+        cdef Work *w
+        cdef Py_ssize_t i, k, n = 0
+        cdef list found = []  # None for what the batch sums
+        if self.folding is None:
+            return Workspace.gradient_sums(self, power, scale)
+        batch = Batch()
+        for k in range(self.n_rows):
+            if self.rows[k].work < 0:
+                if self.rows[k].grad != NULL:
+                    found.append(self.left_sum(&self.rows[k], power, scale))
+                continue
+            w = &self.work[self.rows[k].work]
+            if self.rows[k].is_flat:
+                flat = self.folding.flat_of(<object>self.rows[k].param)
+                for i in range(flat.count):
+                    batch.add(<char *>w.stream[1] + flat.starts[i] * flat.itemsize, flat.starts[i + 1] - flat.starts[i],
+                              w.is_double, None)
+            else:
+                batch.add(<char *>w.stream[1], w.size, w.is_double, None)
+            found += [None] * (batch.count - n)
+            n = batch.count
+        sums = iter(batch.sums(power, scale))
+        return [next(sums) if x is None else x for x in found]
+
     cdef double left_sum(self, Row *row, double power, double scale) except? -1:
         return power_sum(<object>row.grad, power, scale)
 
@@ -703,6 +763,9 @@ cdef class TensorWorkspace(Workspace):
             for j in range(STATES):
                 if row.state[j] != NULL:
                     n = self.touch(n, row.state[j])
+            if row.is_flat:
+                for param in (<Flat>self.folding.flat_of(<object>row.param)).parameters():
+                    n = self.touch(n, <PyObject *>param)
         for average, _ in self.averaged:
             n = self.touch(n, <PyObject *>average)
         for k in range(self.n_work):
@@ -736,7 +799,7 @@ cdef class TensorWorkspace(Workspace):
         for k in range(len(self.touched)):
             Py_INCREF(None)
             PyList_SetItem(self.touched, k, None)
-        self.left = self.layouts = None
+        self.left = self.layouts = self.folding = None
         self.unsteady = False
         return Workspace.end(self)
 
@@ -788,3 +851,141 @@ cdef class TensorBatch(Batch):
     def apply(self, Rule rule, dict scalars):
         raise_versions(self.held)
         Batch.apply(self, rule, scalars)
+
+
+# --- flattened parameters ---------------------------------------------------------------------------------------------
+
+cdef dict flats = {}  # by the id of their first parameter
+cdef dict members = {}  # (Flat, place in it) by the id of a parameter
+cdef object fold = None  # what puts them in the place of their parameters, see flat.py
+cdef object flat_state = None  # the kind of optimizer.state that has some
+
+
+def fold_by(function, kind):
+    """Have function(workspace, optimizer, whether they may be) decide in each step what is stepped as one."""
+    global fold, flat_state
+    fold, flat_state = function, kind
+
+
+cdef bint is_elementwise(Plan plan) noexcept:
+    return plan.names is not None and plan.rule.kernel.finish == NULL
+
+
+cdef class Flat:
+    """Parameters as views of one block of memory, their gradients as views of another: one tensor to a step.
+
+    block: the whole as one parameter, with its gradient.
+    """
+    cdef readonly object block
+    cdef readonly list gradients  # the views
+    cdef list references  # weak ones, of the parameters
+    cdef readonly Py_ssize_t count
+    cdef Py_ssize_t itemsize
+    cdef int64_t *starts  # in elements, and the end
+    cdef int64_t *layout  # of each: number of axes, shape, strides
+    cdef readonly dict index  # the place of a parameter, by its id
+
+    def __cinit__(self, block, list params, list gradients):
+        cdef View v
+        cdef Py_ssize_t i, room = 0, n = 0
+        cdef int64_t start = 0
+        cdef list layouts = []
+        self.block, self.gradients, self.count = block, gradients, len(params)
+        for p in params:
+            room += 1 + 2 * p.dim()
+        self.starts = <int64_t *>PyMem_Malloc((self.count + 1) * sizeof(int64_t))
+        self.layout = <int64_t *>PyMem_Malloc(room * sizeof(int64_t))
+        if self.starts == NULL or self.layout == NULL:
+            raise MemoryError("no memory for the layout of flattened parameters")
+        for i in range(self.count):
+            view_tensor(<PyObject *>gradients[i], &v, layouts)
+            self.itemsize = v.itemsize
+            self.layout[n] = v.ndim
+            memcpy(&self.layout[n + 1], v.shape, v.ndim * sizeof(int64_t))
+            memcpy(&self.layout[n + 1 + v.ndim], v.strides, v.ndim * sizeof(int64_t))
+            n += 1 + 2 * v.ndim
+            self.starts[i] = start
+            start += v.size
+        self.starts[self.count] = start
+
+    def __init__(self, block, list params, list gradients):
+        self.index = {id(p): i for i, p in enumerate(params)}
+        self.references = [ref(p, self.forget) for p in params]
+        members.update({key: (self, i) for key, i in self.index.items()})
+        flats[id(params[0])] = self
+
+    def __dealloc__(self):
+        PyMem_Free(self.starts)
+        PyMem_Free(self.layout)
+
+    def forget(self, _=None):
+        """No longer be found: one of the parameters is gone, or on its own again."""
+        for key in self.index:
+            if members.get(key, (None,))[0] is self:
+                del members[key]
+            if flats.get(key) is self:
+                del flats[key]
+
+    def parameters(self):
+        """The parameters, all of which must be alive."""
+        return [reference() for reference in self.references]
+
+    def part(self, whole, Py_ssize_t i):
+        """The view of a block that belongs to parameter i."""
+        like = self.gradients[i]
+        return whole.as_strided(like.shape, like.stride(), self.starts[i])
+
+    cdef bint is_at(self, PyObject *tensor, const View *block, Py_ssize_t i, const int64_t *layout) except -1:
+        """Whether a tensor is the part i of a block."""
+        cdef View v
+        cdef list layouts = None if exchange != NULL else []
+        return (view_tensor(tensor, &v, layouts) and v.itemsize == self.itemsize
+                and (v.size == 0 or v.data == block.data + self.starts[i] * self.itemsize) and v.ndim == layout[0]
+                and memcmp(v.shape, layout + 1, v.ndim * sizeof(int64_t)) == 0
+                and memcmp(v.strides, layout + 1 + v.ndim, v.ndim * sizeof(int64_t)) == 0
+                and calls_false(is_neg, tensor))
+
+    cdef bint is_whole(self, list params, Py_ssize_t at) except -1:
+        """Whether the parameters from params[at] on are these, where they were put, and so are their gradients."""
+        cdef View data, gradient
+        cdef Py_ssize_t i
+        cdef const int64_t *layout = self.layout
+        cdef list layouts = []
+        cdef PyObject *param
+        if at + self.count > len(params):
+            return False
+        view_tensor(<PyObject *>self.block, &data, layouts)
+        view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
+        for i in range(self.count):
+            param = PyWeakref_GetObject(self.references[i])
+            if param != <PyObject *>params[at + i] or not is_plain(<object>param):
+                return False
+            grad = (<object>param).grad
+            if grad is not self.gradients[i] or not (
+                    self.is_at(param, &data, i, layout) and self.is_at(<PyObject *>grad, &gradient, i, layout)):
+                return False
+            layout += 1 + 2 * layout[0]
+        return True
+
+
+def flat_parameters(list params):
+    """Parameters with a Flat in the place of those that are whole, or None where there is none."""
+    cdef Py_ssize_t k = 0
+    cdef PyObject *found
+    cdef list units = []
+    cdef bint any_flat = False
+    while k < len(params):
+        found = PyDict_GetItemWithError(flats, id(params[k]))
+        if found != NULL and (<Flat>found).is_whole(params, k):
+            units.append(<object>found)
+            k += (<Flat>found).count
+            any_flat = True
+        else:
+            units.append(params[k])
+            k += 1
+    return units if any_flat else None
+
+
+def member_of(param):
+    """The Flat of a parameter and its place in it, or None."""
+    return members.get(id(param))

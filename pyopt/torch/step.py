@@ -20,6 +20,7 @@ from pyopt._asked import Average, asked
 from pyopt._options import check_options
 from pyopt.torch._tensors import TensorWorkspace
 from pyopt.torch.fallback import step_by_torch
+from pyopt.torch.flat import zero_flattened
 
 Group = dict[str, Any]
 Step = Callable[..., Any]
@@ -161,7 +162,7 @@ class KernelStepMixin:
         factor = 1.0
         if "_pyopt_found_inf" in attributes and float(getattr(self, "found_inf", 0) or 0):
             if zero_grad:
-                super().zero_grad(zero_grad == "set_to_none")  # type: ignore[misc]
+                self.zero_grad(zero_grad == "set_to_none")
             return loss
         if "_pyopt_grad_scale" in attributes:
             scale = getattr(self, "grad_scale", None)
@@ -172,6 +173,11 @@ class KernelStepMixin:
         else:
             workspace.step(self._side(self), None, what, factor)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; the gradients of flattened parameters are filled with zeros."""
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+        zero_flattened(self.param_groups)
 
     def _step_observed(self, grads: list[Any] | None, factor: float) -> None:
         groups = enumerate(self.param_groups)

@@ -1,0 +1,352 @@
+"""Parameters that lie in one block of memory: a step looks at one address each, and goes over the block."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from pyopt.torch._tensors import Flat, TensorWorkspace, flat_parameters, fold_by, is_ordinary, member_of
+
+Entry = dict[str, Any]
+
+
+def flatten(params: Iterable[Any]) -> None:
+    """Move parameters into one block of memory per type, and their gradients into another: for thousands of small ones.
+
+    Every parameter stays the object that it is, as a view of the block; its gradient is from now on a view too, zeros
+    where it had none. `backward()` adds to it in place, `zero_grad()` of an optimizer of pyopt.torch fills it with
+    zeros. Such an optimizer then steps the block as one tensor where the parameters stand in one group, side by side
+    and in this order, by a rule of elements (not LAMB, LARS, Prodigy, Muon and the like) and without an average
+    attached; the bits are those of the steps one by one. What comes in between is noticed and right, and that step
+    slower: a gradient that was replaced or is None (until the next zero_grad()), a parameter that was moved.
+
+    Args:
+        params: parameters, or (name, parameter) pairs as named_parameters() gives them: dense float32 or float64 ones
+            on the CPU that no other parameter shares memory with.
+
+    Raises:
+        TypeError: what is no torch.nn.Parameter.
+        ValueError: one that lies elsewhere, is of another type or twice in the list; nothing has changed then.
+
+    Example:
+        >>> import torch
+        >>> import pyopt.torch as optim
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(50)])
+        >>> optim.flatten(model.parameters())
+        >>> optimizer = optim.Adam(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
+
+    A parameter without a gradient counts as one with zeros: momentum and weight decay go on. The state of the optimizer
+    lies in blocks too; `optimizer.state` and `state_dict()` show it by parameter, as views. While somebody keeps these,
+    steps go tensor by tensor. DDP takes part as usual, but with gradient_as_bucket_view=True, which puts the gradients
+    elsewhere. `unflatten` undoes it.
+    """
+    by_type: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    seen: set[int] = set()
+    for i, item in enumerate(params):
+        p = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+        if type(p) is not torch.nn.Parameter:
+            raise TypeError(f"params[{i}] is a {type(p).__name__}, must be a torch.nn.Parameter")
+        if not is_ordinary(p) or p.is_inference() or p.is_neg():
+            raise ValueError(f"params[{i}] is {p.dtype} on {p.device}, must be dense float32 or float64 on the CPU")
+        if id(p) in seen:
+            raise ValueError(f"params[{i}] stands in the list twice")
+        if p.grad is not None and (type(p.grad) is not torch.Tensor or not is_ordinary(p.grad)):
+            raise ValueError(f"the gradient of params[{i}] is no dense tensor on the CPU")
+        seen.add(id(p))
+        by_type.setdefault(p.dtype, []).append(p)
+    ranges = sorted((p.data_ptr(), p.data_ptr() + _reach(p)) for each in by_type.values() for p in each if p.numel())
+    for (_, end), (begin, _) in pairwise(ranges):
+        if begin < end:
+            raise ValueError("two of the parameters share memory, must be apart")
+    for each in by_type.values():
+        _flatten(each)
+
+
+def _reach(p: torch.Tensor) -> int:
+    last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+    return (last + 1) * p.element_size()
+
+
+@torch.no_grad()
+def _flatten(params: list[torch.nn.Parameter]) -> None:
+    size = sum(p.numel() for p in params)
+    block = torch.nn.Parameter(torch.empty(size, dtype=params[0].dtype), requires_grad=False)
+    block.grad = torch.zeros_like(block)
+    places, gradients, start = [], [], 0
+    for p in params:
+        # In the memory order that the parameter has, if its elements lie side by side.
+        like = torch.empty_like(p, memory_format=torch.preserve_format)
+        where = (like.shape, like.stride(), start)
+        places.append(block.data.as_strided(*where).copy_(p))
+        gradients.append(block.grad.as_strided(*where))
+        if p.grad is not None:
+            gradients[-1].copy_(p.grad)
+        start += p.numel()
+    flat = Flat(block, params, gradients)
+    for p, place, gradient in zip(params, places, flat.gradients, strict=True):
+        p.grad = None
+        p.data = place
+        p.grad = gradient
+
+
+@torch.no_grad()
+def unflatten(params: Iterable[Any]) -> None:
+    """Give parameters, and their gradients, memory of their own again.
+
+    Args:
+        params: as for `flatten`; those that are not flattened stay as they are. What was flattened together with one of
+            them is no longer stepped as one.
+
+    Example:
+        >>> import torch
+        >>> import pyopt.torch as optim
+        >>> weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        >>> optim.flatten(weights)
+        >>> optim.unflatten(weights)
+        >>> weights[0].untyped_storage().nbytes()
+        12
+    """
+    given = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
+    for p, found in [(p, member_of(p)) for p in given]:
+        if found is not None:
+            flat, i = found
+            flat.forget()
+            gradient = p.grad
+            p.grad = None
+            p.data = p.data.clone(memory_format=torch.preserve_format)
+            p.grad = gradient.clone(memory_format=torch.preserve_format) if gradient is flat.gradients[i] else gradient
+
+
+# --- the state of an optimizer whose parameters are flattened ---------------------------------------------------------
+
+
+class FlatState(defaultdict[Any, Any]):
+    """`optimizer.state` with an entry per block. Whoever looks at it finds one per parameter, with views of the blocks.
+
+    While a block has its entry, those of its parameters say nothing: so that the one that counts comes and goes in a
+    single store, whatever interrupts it.
+    """
+
+    def __init__(self, lock: TensorWorkspace) -> None:
+        super().__init__(dict)
+        self.lock = lock  # of the steps: an entry is not taken away in the middle of one
+        self.flats: list[Flat] = []
+
+    def release(self, flat: Flat) -> None:
+        """Put the state of a block into entries of its parameters."""
+        entry = self.of(flat.block)
+        with torch.no_grad():
+            for i, p in enumerate(flat.parameters() if entry is not None else ()):
+                if p is not None:
+                    dict.__setitem__(self, p, {name: _part(flat, value, i) for name, value in entry.items()})
+        dict.pop(self, flat.block, None)
+
+    def release_all(self) -> None:
+        """Put the state of all blocks into entries of their parameters, between two steps."""
+        if any(self.of(flat.block) is not None for flat in self.flats):
+            with self.lock:
+                if self.lock.is_walking():
+                    raise RuntimeError("optimizer.state of flattened parameters is read inside a step, which uses it")
+                for flat in self.flats:
+                    self.release(flat)
+
+    def of(self, key: Any) -> Any:
+        """The entry that is there, or None."""
+        return dict.get(self, key)
+
+    def __getitem__(self, key: Any) -> Any:
+        if any(id(key) in flat.index and self.of(flat.block) is not None for flat in self.flats):
+            self.release_all()
+        return super().__getitem__(key)
+
+    def __reduce__(self) -> Any:
+        return defaultdict, (dict,), None, None, iter(self.items())  # a copy has entries by parameter alone
+
+    def copy(self) -> Any:
+        """A plain dict of the same entries."""
+        return defaultdict(dict, self.items())
+
+    __copy__ = copy
+
+
+def _opened(name: str) -> Callable[..., Any]:
+    method = getattr(defaultdict, name)
+
+    def looked_at(self: FlatState, *args: Any, **kwargs: Any) -> Any:
+        self.release_all()
+        return method(self, *args, **kwargs)
+
+    looked_at.__name__ = name
+    return looked_at
+
+
+for _name in (
+    *("__setitem__", "__delitem__", "__contains__", "__iter__", "__len__", "__reversed__", "__repr__", "__eq__"),
+    *("__or__", "__ror__", "__ior__", "keys", "values", "items", "get", "pop", "popitem", "setdefault", "update"),
+    "clear",
+):
+    setattr(FlatState, _name, _opened(_name))
+
+
+def _part(flat: Flat, value: Any, i: int) -> Any:
+    return flat.part(value, i) if value.shape == flat.block.shape else value.clone()
+
+
+# --- what a step does with them ---------------------------------------------------------------------------------------
+
+
+class Folding:
+    """What one step takes as one parameter: per group (its parameters, what stands for them), or (None, None)."""
+
+    def __init__(self, groups: list[tuple[Any, Any]], flats: list[Flat]) -> None:
+        self.groups = groups
+        self.flats = {id(flat.block): flat for flat in flats}
+
+    def flat_of(self, param: Any) -> Flat | None:
+        """The Flat that a parameter is the block of, if it is one."""
+        return self.flats.get(id(param))
+
+
+def fold(workspace: TensorWorkspace, side: Any, may_be: bool) -> Folding | None:
+    """Put blocks in the place of their parameters where these are whole, and their state into blocks."""
+    groups: list[tuple[Any, Any]] = []
+    for g, group in enumerate(list(side.param_groups) if may_be else []):
+        params = group.get("params") if isinstance(group, dict) else None
+        given = list(params) if isinstance(params, (list, tuple)) else []
+        units = flat_parameters(given)
+        foldable = units is not None and workspace.can_fold(side, g, group)
+        groups.append((given, units) if foldable else (None, None))
+    whole = [unit for _, units in groups for unit in units or () if isinstance(unit, Flat)]
+    for flat in side.state.flats if isinstance(side.state, FlatState) else ():
+        if flat not in whole:
+            side.state.release(flat)
+    found = [flat for flat in whole if absorb(side, workspace, flat)]
+    if isinstance(side.state, FlatState):
+        side.state.flats = found
+    if not found:
+        return None
+    return Folding([(given, units and _stepped(units, found)) for given, units in groups], found)
+
+
+def _stepped(units: list[Any], found: list[Flat]) -> list[Any]:
+    """What is stepped as one parameter each: blocks, and parameters by themselves."""
+    stepped: list[Any] = []
+    for unit in units:
+        if not isinstance(unit, Flat):
+            stepped.append(unit)
+        elif unit in found:
+            stepped.append(unit.block)
+        else:
+            stepped += unit.parameters()
+    return stepped
+
+
+def absorb(side: Any, workspace: TensorWorkspace, flat: Flat) -> bool:
+    """Have the state of flattened parameters in blocks; False where it is not alike, or somebody else holds it."""
+    if isinstance(side.state, FlatState):
+        if flat in side.state.flats and side.state.of(flat.block) is not None:
+            return True
+    elif _holders(side) > HOLDERS:
+        return False
+    get = dict.get if isinstance(side.state, FlatState) else type(side.state).get
+    entries = [get(side.state, p) for p in flat.parameters()]
+    if any(entries) and not _are_alike(flat, entries):
+        return False
+    entry = _joined(flat, [each for each in entries if each]) if any(entries) else None
+    if not isinstance(side.state, FlatState):
+        state = FlatState(workspace)
+        for p, other in list(side.state.items()):
+            if id(p) not in flat.index:
+                dict.__setitem__(state, p, other)
+        state.flats.append(flat)
+        if entry is not None:
+            dict.__setitem__(state, flat.block, entry)
+        side.optimizer.state = side.state = state
+        return True
+    side.state.flats = [*side.state.flats, flat]
+    if entry is not None:
+        dict.__setitem__(side.state, flat.block, entry)
+    for p in flat.parameters():
+        dict.pop(side.state, p, None)
+    return True
+
+
+def _are_alike(flat: Flat, entries: list[Any]) -> bool:
+    """Whether entries have the same names, tensors like the parameters', one step count, and no other holder."""
+    if not all(type(entry) is dict for entry in entries):
+        return False
+    for i, entry in enumerate(entries):
+        # Held by the state and by this list.
+        if sys.getrefcount(entry) > ENTRY_HOLDERS or entry.keys() != entries[0].keys():
+            return False
+        for name in entry:
+            if sys.getrefcount(entry[name]) > VALUE_HOLDERS or type(entry[name]) is not torch.Tensor:
+                return False
+            if not is_ordinary(entry[name]) or entry[name].is_neg() or entry[name].requires_grad:
+                return False
+            like = flat.gradients[i]
+            if name == "step":
+                if entry[name].dtype != entries[0][name].dtype or float(entry[name]) != float(entries[0][name]):
+                    return False
+            elif entry[name].shape != like.shape or entry[name].dtype != like.dtype:
+                return False
+    return True
+
+
+@torch.no_grad()
+def _joined(flat: Flat, entries: list[Entry]) -> Entry:
+    entry: Entry = {}
+    for name, value in entries[0].items():
+        if name == "step":
+            entry[name] = value.clone()
+        else:
+            entry[name] = torch.empty_like(flat.block, requires_grad=False)
+            for i, each in enumerate(entries):
+                flat.part(entry[name], i).copy_(each[name])
+    return entry
+
+
+def _holders(side: Any) -> int:
+    return sys.getrefcount(side.state)
+
+
+class _Alone:
+    """An optimizer and what stands for it in a step, whose state nobody else holds."""
+
+    def __init__(self) -> None:
+        self.state = {"p": {"x": torch.zeros(1)}}
+        self.optimizer = type("Optimizer", (), {})()
+        self.optimizer.state = self.state
+
+
+def _measured() -> tuple[int, int, int]:
+    alone = _Alone()
+    entries = list(alone.state.values())
+    for _, entry in enumerate(entries):
+        return _holders(alone), sys.getrefcount(entry), sys.getrefcount(entry["x"])
+    raise AssertionError
+
+
+HOLDERS, ENTRY_HOLDERS, VALUE_HOLDERS = _measured()  # of what nobody else holds, as this Python counts
+fold_by(fold, FlatState)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def zero_flattened(groups: list[dict[str, Any]]) -> None:
+    """Give flattened parameters their gradients' places back, filled with zeros."""
+    places = [(p, member_of(p)) for group in groups for p in group["params"]]
+    for block in {id(place[0]): place[0].block for _, place in places if place is not None}.values():
+        if block.grad is not None:
+            block.grad.zero_()
+    for p, place in places:
+        if place is not None:
+            p.grad = place[0].gradients[place[1]]
