@@ -73,6 +73,13 @@ def prose(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
+def signature(cls: type[Optimizer]) -> str:
+    """The class as it is called, for Sphinx, which gives it an entry in the index."""
+    found = inspect.signature(cls)
+    bare = [each.replace(annotation=each.empty) for each in found.parameters.values()]
+    return f"```{{py:class}} pyopt.{cls.__name__}{found.replace(parameters=bare, return_annotation=found.empty)}\n```"
+
+
 def entry(cls: type[Optimizer]) -> str:
     """The section of an optimizer."""
     name, parts = cls.__name__, sections(cls)
@@ -82,12 +89,19 @@ def entry(cls: type[Optimizer]) -> str:
     return "\n\n".join(
         [
             f"## {name}",
+            signature(cls),
             prose(summary),
             f"![the path of {name}](paths/{name.lower()}.png)",
             *(text if text.startswith("    ") else prose(text) for text in texts),
             "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in table),
             "State" + prose(parts["State"]),
+            *(
+                ["Raises" + raised]
+                if (raised := prose(parts["Raises"])) != ": TypeError, ValueError: see Optimizer."
+                else []
+            ),
             "Source" + prose(parts["Source"]),
+            "```pycon\n" + textwrap.dedent(parts["Example"].lstrip(":\n")) + "\n```",
         ]
     )
 
