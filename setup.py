@@ -16,7 +16,7 @@ EXACT = ["-fno-fast-math", "-ffp-contract=off"]
 # behind -fno-fast-math, which resets them); the last lets it move the options of the longest rules out of the loop.
 VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math", "--param=max-unswitch-insns=500"]
 OPENMP = ["-fopenmp"]
-# Builds to look for faults with, each asked for by an environment variable. PYOPT_SANITIZE=address,undefined names GCC's
+# Builds to look for faults with, asked for by environment variables. PYOPT_SANITIZE=address,undefined names GCC's
 # sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews and None;
 # PYOPT_COVERAGE=1 counts how often lines run (tools/coverage): by GCC, for Cython's own tracing takes the GIL at each.
 # The build tool does not see that a variable has changed: `build_ext --inplace --force`, to and fro.
