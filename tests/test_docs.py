@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bad_input_page
+import docstrings
 import optimizers
 import optimizers_page
 from pyopt import Adam, Optimizer
@@ -66,3 +67,51 @@ def test_trajectories(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples" / "trajectories.py", "--optimizers", "Lion", "--output", tmp_path]
     subprocess.run(command, check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["lion.png"] and is_picture(tmp_path / "lion.png")
+
+
+def test_docstring_as_restructured_text() -> None:
+    """Signs mean themselves, formulas and examples stay as they are, names and entries are marked."""
+    text = """Clip by |x|**2 with clip_grad_norm_, see `step(n=1)` or `load`.
+
+    p = p - lr * g**2
+
+Args:
+    lr, eps: >= 0;
+        see `load`.
+    params: all.
+
+    Behind the entries.
+
+Returns:
+    The norm: a float.
+
+Example:
+    >>> 1 * 1
+    1
+
+Source: A and B (arXiv 1412.6980).
+"""
+    assert docstrings.as_rest(text) == r"""Clip by \|x\|\*\*2 with clip_grad_norm\_, see \ ``step(n=1)``\  or \ :py:obj:`load`\ .
+
+.. code-block:: none
+
+    p = p - lr * g**2
+
+:Arguments:
+    - **lr, eps**: >= 0; see \ :py:obj:`load`\ .
+    - **params**: all.
+
+Behind the entries.
+
+:Returns:
+    The norm: a float.
+
+.. rubric:: Example
+
+.. code-block:: pycon
+
+    >>> 1 * 1
+    1
+
+Source: A and B (`arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`__).
+"""
