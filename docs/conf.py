@@ -20,8 +20,6 @@ python_use_unqualified_type_names = True
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-# Groups of pages that may have none yet.
-suppress_warnings = ["toc.empty_glob"]
 
 # How they look.
 html_theme = "furo"
@@ -30,5 +28,6 @@ html_static_path = ["style"]
 html_css_files = ["pyopt.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True

@@ -64,7 +64,7 @@ def prose(text: str) -> str:
     """Text in which nothing but names and code in `backquotes` is marked: names that have a place here become links."""
     pieces = re.split(r"`([^`]+)`", text)
     pieces[::2] = map(literal, pieces[::2])
-    pieces[1::2] = [f":py:obj:`{c}`" if re.fullmatch(r"[\w.]+(\(\))?", c) else f"``{c}``" for c in pieces[1::2]]
+    pieces[1::2] = [f":py:obj:`{c}`" if re.fullmatch(r"\w[\w.]*(\(\))?", c) else f"``{c}``" for c in pieces[1::2]]
     marked = "\\ ".join(pieces)
     return re.sub(r"arXiv (\d{4}\.\d+)", r"`arXiv \1 <https://arxiv.org/abs/\1>`__", marked)
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docstrings
 import pytest
 
 import bad_input_page
-import docstrings
 import optimizers
 import optimizers_page
 from pyopt import Adam, Optimizer
@@ -71,7 +71,7 @@ def test_trajectories(tmp_path: Path) -> None:
 
 def test_docstring_as_restructured_text() -> None:
     """Signs mean themselves, formulas and examples stay as they are, names and entries are marked."""
-    text = """Clip by |x|**2 with clip_grad_norm_, see `step(n=1)` or `load`.
+    text = """|x|**2, clip_grad_norm_, see `step(n=1)`, `.optim` or `load`.
 
     p = p - lr * g**2
 
@@ -91,7 +91,9 @@ Example:
 
 Source: A and B (arXiv 1412.6980).
 """
-    assert docstrings.as_rest(text) == r"""Clip by \|x\|\*\*2 with clip_grad_norm\_, see \ ``step(n=1)``\  or \ :py:obj:`load`\ .
+    assert (
+        docstrings.as_rest(text)
+        == r"""Clip by \|x\|\*\*2 with clip_grad_norm\_, see \ ``step(n=1)``\  or \ :py:obj:`load`\ .
 
 .. code-block:: none
 
@@ -115,3 +117,4 @@ Behind the entries.
 
 Source: A and B (`arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`__).
 """
+    )

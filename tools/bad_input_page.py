@@ -272,9 +272,9 @@ def said(action: Callable[[], Any]) -> tuple[str, str]:
 
 def row(what: str, kind: str, message: str) -> str:
     """A line of a table."""
-    message = textwrap.shorten(message, 400, placeholder=" ...")
+    message = textwrap.shorten(f"{kind}: {message}", 400, placeholder=" ...")
     fence = "``" if "`" in message else "`"
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in (what, kind, f"{fence}{message}{fence}")) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in (what, f"{fence}{message}{fence}")) + " |"
 
 
 def section(title: str, rows: Callable[[], Iterator[Row]]) -> str:
@@ -283,9 +283,7 @@ def section(title: str, rows: Callable[[], Iterator[Row]]) -> str:
     for what, action in rows():
         found.setdefault(said(action), []).append(what)
     lines = [row(", ".join(dict.fromkeys(whats)), *error) for error, whats in found.items()]
-    return "\n".join(
-        [f"## {title}\n", f"{rows.__doc__}\n", "| what | error | message |", "| --- | --- | --- |", *lines]
-    )
+    return "\n".join([f"## {title}\n", f"{rows.__doc__}\n", "| what | error |", "| --- | --- |", *lines])
 
 
 def page() -> str:
