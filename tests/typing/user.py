@@ -90,6 +90,17 @@ def other_ways() -> None:
     assert_type(pyopt.__version__, str)
 
 
+def refused(w: pyopt.Parameter) -> None:
+    """What a type checker must not let pass: an ignore without need is an error. Never called."""
+    pyopt.Adam([w], betas=0.9)  # type: ignore[arg-type]
+    pyopt.Adam([w], learning_rate=0.9)  # type: ignore[call-arg]
+    pyopt.Adam([w]).step(max_nrom=1.0)  # type: ignore[call-arg]
+    pyopt.Adam([w]).register_step_post_hook(lambda optimizer: None)  # type: ignore[arg-type, misc]
+    lr_scheduler.StepLR(pyopt.Adam([w]))  # type: ignore[call-arg]
+    averaging.EMA(pyopt.Adam([w]), decay="0.9")  # type: ignore[arg-type]
+    pyopt.set_num_threads("2")  # type: ignore[arg-type]
+
+
 EVERY: list[type[pyopt.Optimizer]] = [
     pyopt.AdaBelief,
     pyopt.Adadelta,

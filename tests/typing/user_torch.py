@@ -17,10 +17,11 @@ def train() -> float:
     optimizer = optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     ema = averaging.EMA(optimizer, decay=0.9)
+    loss = torch.zeros(())
     for _ in range(3):
         optimizer.zero_grad()
-        loss: Tensor = (model(torch.ones(8, 4)) - 2).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss = (model(torch.ones(8, 4)) - 2).square().mean()
+        loss.backward()
         optimizer.step(max_norm=1.0, nonfinite="skip", zero_grad=True)
         scheduler.step()
     with ema.swapped():
@@ -36,4 +37,12 @@ def train() -> float:
         optim.LAMB(model.parameters()),
         optim.Adam(model.parameters(), fused=True),
     ]
+    optim.lr_scheduler.StepLR(others[0], 3)
     return float(loss.detach()) + len(others)
+
+
+def refused(model: torch.nn.Module) -> None:
+    """What a type checker must not let pass: an ignore without need is an error. Never called."""
+    optim.Lion(model.parameters(), betas=0.9)  # type: ignore[arg-type]
+    optim.LAMB(model.parameters(), learning_rate=0.9)  # type: ignore[call-arg]
+    optim.Adam(model.parameters()).step(max_nrom=1.0)  # type: ignore[call-arg]
