@@ -35,8 +35,8 @@ class RemovableHandle:
     """What a registration returns: remove() ends it; as a context manager, at the end of the block."""
 
     def __init__(self, hooks: Hooks, id: int) -> None:
-        self.hooks = ref(hooks)
-        self.id = id
+        self.hooks: ref[Hooks] = ref(hooks)
+        self.id: int = id
 
     def remove(self) -> None:
         """Take the hook away; a second call does nothing."""
@@ -51,8 +51,8 @@ class RemovableHandle:
         self.remove()
 
 
-global_step_pre_hooks = Hooks()
-global_step_post_hooks = Hooks()
+global_step_pre_hooks: Hooks = Hooks()
+global_step_post_hooks: Hooks = Hooks()
 
 
 def register_optimizer_step_pre_hook(hook: StepHook) -> RemovableHandle:
