@@ -94,7 +94,7 @@ def run_command(line: str) -> str:
         assert all(command.startswith((*LONG, "pre-commit ")) for command in commands), line
         return ""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(pyopt.__file__).parent.parent)}
     result = subprocess.run(["bash", "-euc", line], capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout
