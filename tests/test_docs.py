@@ -91,9 +91,7 @@ Example:
 
 Source: A and B (arXiv 1412.6980).
 """
-    assert (
-        docstrings.as_rest(text)
-        == r"""Clip by \|x\|\*\*2 with clip_grad_norm\_, see \ ``step(n=1)``\  or \ :py:obj:`load`\ .
+    expected = r"""\|x\|\*\*2, clip_grad_norm\_, see \ ``step(n=1)``\ , \ ``.optim``\  or \ :py:obj:`load`\ .
 
 .. code-block:: none
 
@@ -117,4 +115,4 @@ Behind the entries.
 
 Source: A and B (`arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`__).
 """
-    )
+    assert docstrings.as_rest(text) == expected
