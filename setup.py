@@ -16,14 +16,16 @@ EXACT = ["-fno-fast-math", "-ffp-contract=off"]
 # behind -fno-fast-math, which resets them); the last lets it move the options of the longest rules out of the loop.
 VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math", "--param=max-unswitch-insns=500"]
 OPENMP = ["-fopenmp"]
-# Two builds to look for faults with, each asked for by an environment variable. PYOPT_SANITIZE=address,undefined names
-# GCC's sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews and
-# None. The build tool does not see that a variable has changed: `build_ext --inplace --force`, to and fro.
+# Builds to look for faults with, asked for by environment variables. PYOPT_SANITIZE=address,undefined names GCC's
+# sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews and None;
+# PYOPT_COVERAGE=1 counts how often lines run (tools/coverage): by GCC, for Cython's own tracing takes the GIL at each.
+# The build tool does not see that a variable has changed: `build_ext --inplace --force`, to and fro.
+COVERAGE = ["-O0", "--coverage", "-fprofile-update=atomic"] if os.environ.get("PYOPT_COVERAGE") == "1" else []
 SANITIZE = [f"-fsanitize={names}"] if (names := os.environ.get("PYOPT_SANITIZE")) else []
 DEBUG = os.environ.get("PYOPT_DEBUG", "0") not in ("", "0")
 FOR_DEBUGGER = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG or SANITIZE else []
-COMPILE_ARGS = EXACT + VECTOR + OPENMP + SANITIZE + FOR_DEBUGGER
-LINK_ARGS = OPENMP + SANITIZE
+COMPILE_ARGS = EXACT + VECTOR + OPENMP + SANITIZE + FOR_DEBUGGER + COVERAGE
+LINK_ARGS = OPENMP + SANITIZE + COVERAGE[1:2]
 # Levels of instructions: the kernels are compiled once for each. The rest of the package gets the baseline, whatever
 # CFLAGS says, since it runs before the CPU has been asked.
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
@@ -78,8 +80,13 @@ def require_compiler() -> None:
 if __name__ == "__main__":
     if any(command in sys.argv for command in ("build_ext", "bdist_wheel", "editable_wheel", "build", "install")):
         require_compiler()
-    anew = bool(FOR_DEBUGGER or {"-f", "--force"} & set(sys.argv))
+    anew = bool(FOR_DEBUGGER or COVERAGE or {"-f", "--force"} & set(sys.argv))
     setup(
-        ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES, force=anew),
+        ext_modules=cythonize(
+            [extension(name) for name in MODULES],
+            compiler_directives=DIRECTIVES,
+            force=anew,
+            emit_linenums=bool(COVERAGE),  # so that the counts are those of the lines of .pyx and .pxd
+        ),
         options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )

@@ -1,4 +1,4 @@
-"""Every optimizer of the catalogue beside its roof and the best of torch: the README's table of optimizers.
+"""Every optimizer of the catalogue beside its roof and the best of torch: the table of docs/benchmarks.md.
 
 What was measured is kept in results/optimizers.json, so that some optimizers can be measured again by themselves.
 """
@@ -28,7 +28,7 @@ sys.path.append(str(ROOT / "tools"))
 from optimizers_page import catalogue, paper  # noqa: E402
 
 NUMBERS = ROOT / "bench" / "results" / "optimizers.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 MARKS = ("<!-- optimizers: made by bench/report.py --catalogue -->", "<!-- optimizers end -->")
 SHAPE = (4096, 4096)
 # Products of matrices and searches along lines take too long at the size of the others.
@@ -144,7 +144,7 @@ def cells(label: str, cls: type[Optimizer], options: dict[str, Any], found: dict
     state = found["state"]
     torch = f"{found['torch']:.3g} ({found['best of torch'].partition(' ')[2] or 'default'})" if found["torch"] else ""
     return [
-        f"[{label}](docs/optimizers.md#{cls.__name__.lower()})",
+        f"[{label}](optimizers.md#{cls.__name__.lower()})",
         paper(cls),
         f"{state:.0f}" if state == round(state) else f"{state:.2g}",
         f"{traffic(cls, options)}" if cls.rule is not None else "",
@@ -166,20 +166,20 @@ NOTE = (
 )
 
 
-def readme() -> str:
-    """The text of the README with the table between its marks."""
+def page() -> str:
+    """The text of the page with the table between its marks."""
     numbers = json.loads(NUMBERS.read_text())
     measured = [(label, cls, options) for label, cls, options in rows() if label in numbers["rows"]]
     lines = [HEAD, ["---", "---", *["---:"] * 5], *[cells(*row, numbers["rows"][row[0]]) for row in measured]]
     made = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    before, _, rest = README.read_text().partition(MARKS[0])
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     note = fill(f"{NOTE}{numbers['where']}.", 120)
     return f"{before}{MARKS[0]}\n{made}\n\n{note}\n{MARKS[1]}{after}"
 
 
 def report(names: Iterable[str], threads: int, budget: float, where: str) -> None:
-    """Measure the optimizers of these names, keep the numbers and write the README's table."""
+    """Measure the optimizers of these names, keep the numbers and write the table of the page."""
     numbers = {"where": where, "rows": {}}
     if NUMBERS.exists():
         numbers["rows"] = json.loads(NUMBERS.read_text())["rows"]
@@ -187,4 +187,4 @@ def report(names: Iterable[str], threads: int, budget: float, where: str) -> Non
         bar.set_postfix_str(label)
         numbers["rows"][label] = measure(cls, options, threads, budget)
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")  # each as it comes, for a run that is interrupted
-    README.write_text(readme())
+    PAGE.write_text(page())

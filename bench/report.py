@@ -1,7 +1,8 @@
 """Measure pyopt against the roof and everybody else, and write what was found: `python bench/report.py`.
 
-report.md with its plots has six optimizers, by size and number of tensors and against all rivals; the README's table
-has every optimizer, against its roof and torch (`--catalogue`: that table alone; names behind it: those rows anew).
+report.md with its plots has six optimizers, by size and number of tensors and against all rivals; the table of
+docs/benchmarks.md has every optimizer, against its roof and torch (`--catalogue`: that table alone; names behind it:
+those rows anew).
 """
 
 from __future__ import annotations
@@ -379,7 +380,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--sizes", type=int, nargs="+", help="elements of one tensor")
     parser.add_argument("--optimizers", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
-    parser.add_argument("--catalogue", nargs="*", metavar="NAME", help="the README's table of optimizers alone")
+    parser.add_argument("--catalogue", nargs="*", metavar="NAME", help="the table of optimizers alone")
     parser.add_argument("--dtype", choices=["float32", "float64", "both"])
     parser.add_argument("--threads", type=int, default=cores(), help="the most threads, default all cores")
     parser.add_argument("--torch-memory", choices=["numpy", "torch"], default="numpy", help="torch's allocator")

@@ -4,7 +4,7 @@
 # The numbers of a rule come in double, one struct for both element types; `<floating>` rounds each of them once, and
 # the compiler moves that out of the loop, as it does every condition on the struct (one loop per combination).
 # Every operation is a single IEEE one, in the order of torch.optim, but that a division by a number of the step is a
-# multiplication by its reciprocal, taken in double: see the notes on bits in the README.
+# multiplication by its reciprocal, taken in double: see docs/same_bits.md.
 
 from libc.math cimport fabs, fabsf, sqrt, sqrtf
 

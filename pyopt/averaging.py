@@ -206,7 +206,10 @@ class EMA(Averaging):
     AveragedModel with get_ema_multi_avg_fn has the same formula; buffers (of batch norm) are the model's business here.
     """
 
-    options = ("decay", "warmup", "every")
+    options: ClassVar[tuple[str, ...]] = ("decay", "warmup", "every")
+    decay: float
+    warmup: float
+    every: int
 
     def __init__(self, optimizer: Any, decay: float = 0.999, warmup: float = 0, every: int = 1) -> None:
         self.check(decay=decay, warmup=warmup, every=every)
@@ -257,7 +260,9 @@ class SWA(Averaging):
     torch's AveragedModel has the same formula. For the rest see `EMA`.
     """
 
-    options = ("start", "every")
+    options: ClassVar[tuple[str, ...]] = ("start", "every")
+    start: int
+    every: int
 
     def __init__(self, optimizer: Any, start: int = 0, every: int = 1) -> None:
         self.check(start=start, every=every)

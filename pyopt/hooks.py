@@ -11,6 +11,10 @@ from weakref import ref
 _ids = count()
 
 Hook = Callable[..., Any]
+# hook(optimizer, args, kwargs), hook(optimizer, state_dict) and hook(optimizer).
+StepHook = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+StateDictHook = Callable[[Any, dict[str, Any]], Any]
+OptimizerHook = Callable[[Any], Any]
 
 
 class Hooks(OrderedDict[int, Hook]):
@@ -31,8 +35,8 @@ class RemovableHandle:
     """What a registration returns: remove() ends it; as a context manager, at the end of the block."""
 
     def __init__(self, hooks: Hooks, id: int) -> None:
-        self.hooks = ref(hooks)
-        self.id = id
+        self.hooks: ref[Hooks] = ref(hooks)
+        self.id: int = id
 
     def remove(self) -> None:
         """Take the hook away; a second call does nothing."""
@@ -47,16 +51,16 @@ class RemovableHandle:
         self.remove()
 
 
-global_step_pre_hooks = Hooks()
-global_step_post_hooks = Hooks()
+global_step_pre_hooks: Hooks = Hooks()
+global_step_post_hooks: Hooks = Hooks()
 
 
-def register_optimizer_step_pre_hook(hook: Hook) -> RemovableHandle:
+def register_optimizer_step_pre_hook(hook: StepHook) -> RemovableHandle:
     """Run hook(optimizer, args, kwargs) before every step of every optimizer, ahead of its own hooks."""
     return global_step_pre_hooks.register(hook)
 
 
-def register_optimizer_step_post_hook(hook: Hook) -> RemovableHandle:
+def register_optimizer_step_post_hook(hook: StepHook) -> RemovableHandle:
     """Run hook(optimizer, args, kwargs) after every step of every optimizer, behind its own hooks."""
     return global_step_post_hooks.register(hook)
 
@@ -86,26 +90,26 @@ class Hooked:
             hook(self, args, kwargs)
         return loss
 
-    def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
+    def register_step_pre_hook(self, hook: StepHook) -> RemovableHandle:
         """Run hook(optimizer, args, kwargs) before each step; it may return new (args, kwargs)."""
         return self._step_pre_hooks.register(hook)
 
-    def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
+    def register_step_post_hook(self, hook: StepHook) -> RemovableHandle:
         """Run hook(optimizer, args, kwargs) after each step."""
         return self._step_post_hooks.register(hook)
 
-    def register_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+    def register_state_dict_pre_hook(self, hook: OptimizerHook, prepend: bool = False) -> RemovableHandle:
         """Run hook(optimizer) before `state_dict`."""
         return self._state_dict_pre_hooks.register(hook, prepend)
 
-    def register_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+    def register_state_dict_post_hook(self, hook: StateDictHook, prepend: bool = False) -> RemovableHandle:
         """Run hook(optimizer, state_dict) after `state_dict`; it may return a replacement."""
         return self._state_dict_post_hooks.register(hook, prepend)
 
-    def register_load_state_dict_pre_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+    def register_load_state_dict_pre_hook(self, hook: StateDictHook, prepend: bool = False) -> RemovableHandle:
         """Run hook(optimizer, state_dict) before `load_state_dict`; it may return a replacement."""
         return self._load_state_dict_pre_hooks.register(hook, prepend)
 
-    def register_load_state_dict_post_hook(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
+    def register_load_state_dict_post_hook(self, hook: OptimizerHook, prepend: bool = False) -> RemovableHandle:
         """Run hook(optimizer) after `load_state_dict`."""
         return self._load_state_dict_post_hooks.register(hook, prepend)

@@ -41,9 +41,9 @@ class Parameter:
     def __init__(self, data: np.ndarray[Any, Any], grad: Any = None, name: str | None = None) -> None:
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name == {name!r}, must be a str or None")
-        self.name = name
+        self.name: str | None = name
         self.data = data
-        self.grad = grad
+        self.grad: Any = grad
 
     @property
     def data(self) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""docs/optimizers.md says what the docstrings say, with a picture of every path; the README's table has every one."""
+"""The pages that are generated are up to date: optimizers, with pictures, messages, and the table of measurements."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docstrings
 import pytest
 
+import bad_input_page
 import optimizers
 import optimizers_page
 from pyopt import Adam, Optimizer
@@ -24,6 +26,10 @@ def is_picture(path: Path) -> bool:
 
 def test_page_is_up_to_date() -> None:
     assert optimizers_page.PAGE.read_text() == optimizers_page.page(), "run tools/optimizers_page.py"
+
+
+def test_messages_are_up_to_date() -> None:
+    assert bad_input_page.PAGE.read_text() == bad_input_page.page(), "run tools/bad_input_page.py"
 
 
 @each
@@ -48,12 +54,12 @@ def test_option_that_the_docstring_lacks() -> None:
         optimizers_page.options(Short)
 
 
-def test_table_of_the_readme() -> None:
+def test_table_of_measurements() -> None:
     """Every optimizer is in it; what does not depend on the machine is as the declarations have it."""
-    assert optimizers.README.read_text() == optimizers.readme(), "run bench/report.py --catalogue"
+    assert optimizers.PAGE.read_text() == optimizers.page(), "run bench/report.py --catalogue"
     numbers = json.loads(optimizers.NUMBERS.read_text())
     assert {label for label, _, _ in optimizers.rows()} == numbers["rows"].keys(), "run bench/report.py --catalogue"
-    assert "| 8 | 28 |" in next(line for line in optimizers.readme().splitlines() if line.startswith("| [Adam]"))
+    assert "| 8 | 28 |" in next(line for line in optimizers.page().splitlines() if line.startswith("| [Adam]"))
 
 
 def test_trajectories(tmp_path: Path) -> None:
@@ -61,3 +67,52 @@ def test_trajectories(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples" / "trajectories.py", "--optimizers", "Lion", "--output", tmp_path]
     subprocess.run(command, check=True, capture_output=True)
     assert [path.name for path in tmp_path.iterdir()] == ["lion.png"] and is_picture(tmp_path / "lion.png")
+
+
+def test_docstring_as_restructured_text() -> None:
+    """Signs mean themselves, formulas and examples stay as they are, names and entries are marked."""
+    text = """|x|**2, clip_grad_norm_, see `step(n=1)`, `.optim` or `load`.
+
+    p = p - lr * g**2
+
+Args:
+    lr, eps: >= 0;
+        see `load`.
+    params: all.
+
+    Behind the entries.
+
+Returns:
+    The norm: a float.
+
+Example:
+    >>> 1 * 1
+    1
+
+Source: A and B (arXiv 1412.6980).
+"""
+    expected = r"""\|x\|\*\*2, clip_grad_norm\_, see \ ``step(n=1)``\ , \ ``.optim``\  or \ :py:obj:`load`\ .
+
+.. code-block:: none
+
+    p = p - lr * g**2
+
+:Arguments:
+    - **lr, eps**: >= 0; see \ :py:obj:`load`\ .
+    - **params**: all.
+
+Behind the entries.
+
+:Returns:
+    The norm: a float.
+
+.. rubric:: Example
+
+.. code-block:: pycon
+
+    >>> 1 * 1
+    1
+
+Source: A and B (`arXiv 1412.6980 <https://arxiv.org/abs/1412.6980>`__).
+"""
+    assert docstrings.as_rest(text) == expected

@@ -1671,8 +1671,8 @@ def test_parameters_compare_and_hash_by_identity():
 # --- what is shipped and said
 
 
-def test_readme_names_what_jax_needs():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_documentation_names_what_jax_needs():
+    text = (Path(__file__).parent.parent / "docs" / "how_to" / "numpy_loop.md").read_text()
     assert "block_until_ready" in text
 
 

@@ -252,11 +252,12 @@ def by_trace(opt, n, opcodes):
             raise Stop
         return trace
 
+    before = sys.gettrace()  # a measurement of coverage
     sys.settrace(trace)
     try:
         opt.step()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return count >= n
 
 

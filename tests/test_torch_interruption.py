@@ -241,6 +241,7 @@ class ByLine(Interrupter):
     """Lines of Python code, wherever the step passes."""
 
     def __enter__(self) -> None:
+        self.before = sys.gettrace()  # a measurement of coverage
         sys.settrace(self.event)
 
     def event(self, frame: Any, event: str, argument: Any) -> Any:
@@ -250,7 +251,7 @@ class ByLine(Interrupter):
         return self.event
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self.before)
 
 
 def interrupted(optimizer: Any, how: Interrupter) -> bool:

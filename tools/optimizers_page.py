@@ -10,6 +10,7 @@ from pathlib import Path
 import pyopt
 from pyopt import Optimizer
 
+USUAL = ": TypeError, ValueError: see Optimizer."  # what every optimizer raises
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizers.md"
 INTRODUCTION = """\
 # The optimizers
@@ -73,29 +74,51 @@ def prose(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
+def summary(cls: type[Optimizer]) -> str:
+    """What it does, in a sentence."""
+    return prose(sections(cls)[""].partition("\n\n")[0])
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells, the head and its rule among them."""
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+
+
+def signature(cls: type[Optimizer]) -> str:
+    """The class as it is called, for Sphinx, which gives it an entry in the index."""
+    found = inspect.signature(cls)
+    bare = [each.replace(annotation=each.empty) for each in found.parameters.values()]
+    return f"```{{py:class}} pyopt.{cls.__name__}{found.replace(parameters=bare, return_annotation=found.empty)}\n```"
+
+
 def entry(cls: type[Optimizer]) -> str:
     """The section of an optimizer."""
     name, parts = cls.__name__, sections(cls)
     rows, remarks = options(cls)
-    summary, *texts = [*parts[""].split("\n\n"), *([remarks] if remarks else [])]
-    table = [["option", "default", "meaning"], ["---"] * 3, *rows]
+    raised = prose(parts["Raises"])
+    _, *texts = [*parts[""].split("\n\n"), *([remarks] if remarks else [])]
     return "\n\n".join(
         [
             f"## {name}",
-            prose(summary),
+            signature(cls),
+            summary(cls),
             f"![the path of {name}](paths/{name.lower()}.png)",
             *(text if text.startswith("    ") else prose(text) for text in texts),
-            "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in table),
+            table([["option", "default", "meaning"], ["---"] * 3, *rows]),
             "State" + prose(parts["State"]),
+            *([] if raised == USUAL else ["Raises" + raised]),
             "Source" + prose(parts["Source"]),
+            "```pycon\n" + textwrap.dedent(parts["Example"].lstrip(":\n")) + "\n```",
         ]
     )
 
 
 def page() -> str:
     """The text of docs/optimizers.md."""
-    index = ", ".join(f"[{cls.__name__}](#{cls.__name__.lower()})" for cls in catalogue())
-    return "\n\n".join([INTRODUCTION.strip(), index, *map(entry, catalogue())]) + "\n"
+    found = catalogue()
+    rows = [[f"[{cls.__name__}](#{cls.__name__.lower()})", summary(cls), paper(cls)] for cls in found]
+    index = table([["optimizer", "in short", "paper"], ["---"] * 3, *rows])
+    return "\n\n".join([INTRODUCTION.strip(), index, *map(entry, found)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ JOINT = ("LBFGS",)  # optimizers whose state is one of all parameters, in their 
 class LoadResult(NamedTuple):
     """What `load(strict=False)` returns. All is called by its place: "parameters.head.w", "groups.1", "averages.0".
 
-    extra: as it was saved.
-    missing: what the file has not; it has stayed as it was.
-    unexpected: what the file has, and nothing here has taken.
-    mismatched: what both have, but which does not fit, and has stayed as it was; with the reason.
+    Args:
+        extra: as it was saved.
+        missing: what the file has not; it has stayed as it was.
+        unexpected: what the file has, and nothing here has taken.
+        mismatched: what both have, but which does not fit, and has stayed as it was; with the reason.
     """
 
     extra: Any

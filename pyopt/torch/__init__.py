@@ -5,7 +5,7 @@ only `step` is pyopt's. What pyopt has none of its own for (`lr_scheduler`, `swa
 is torch.optim's. See `explain` for whose step a parameter takes.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.optim
 
@@ -22,6 +22,11 @@ from pyopt.torch.flat import unflatten as unflatten
 from pyopt.torch.matrices import MuonAdamW as MuonAdamW
 from pyopt.torch.optimizers import *  # noqa: F403
 
+if TYPE_CHECKING:  # what __getattr__ hands out
+    from torch.optim import Optimizer as Optimizer
+    from torch.optim import SparseAdam as SparseAdam
+    from torch.optim import lr_scheduler as lr_scheduler
+    from torch.optim import swa_utils as swa_utils
 if hasattr(torch.optim, "Adafactor"):  # older torch has not
     from pyopt.torch.matrices import Adafactor as Adafactor
 if hasattr(torch.optim, "Muon"):

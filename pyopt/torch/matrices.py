@@ -409,7 +409,8 @@ class MuonAdamW(PreparedMixin, OwnOptimizer, core=TensorMuonAdamW):
     ns_dtype may be "bfloat16" too, which is what None stands for, as in torch's Muon.
     """
 
-    __init__ = constructor_of(TensorMuonAdamW)
+    @constructor_of(TensorMuonAdamW)
+    def __init__(self) -> None: ...
 
     def add_param_group(self, param_group: Group) -> None:
         """As torch's; ValueError for use_muon=True and a parameter that is no matrix."""

@@ -65,7 +65,8 @@ class Lion(OwnOptimizer, core=pyopt.Lion):
         tensor([0.5000, 1.5000])
     """
 
-    __init__ = constructor_of(pyopt.Lion)
+    @constructor_of(pyopt.Lion)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, ...]:
@@ -132,7 +133,8 @@ class Rprop(KernelStepMixin, torch.optim.Rprop, core=pyopt.Rprop):
 class AdaBelief(OwnOptimizer, core=pyopt.AdaBelief):
     """pyopt.AdaBelief for tensors: arguments, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.AdaBelief)
+    @constructor_of(pyopt.AdaBelief)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -146,7 +148,8 @@ class AdaBelief(OwnOptimizer, core=pyopt.AdaBelief):
 class ADOPT(OwnOptimizer, core=pyopt.ADOPT):
     """pyopt.ADOPT for tensors: arguments, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.ADOPT)
+    @constructor_of(pyopt.ADOPT)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -160,7 +163,8 @@ class ADOPT(OwnOptimizer, core=pyopt.ADOPT):
 class AdEMAMix(OwnOptimizer, core=pyopt.AdEMAMix):
     """pyopt.AdEMAMix for tensors: arguments, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.AdEMAMix)
+    @constructor_of(pyopt.AdEMAMix)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, m1: Tensor, m2: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -173,7 +177,8 @@ class AdEMAMix(OwnOptimizer, core=pyopt.AdEMAMix):
 class Adan(OwnOptimizer, core=pyopt.Adan):
     """pyopt.Adan for tensors: arguments, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.Adan)
+    @constructor_of(pyopt.Adan)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, u: Tensor, n: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
@@ -188,7 +193,8 @@ class Adan(OwnOptimizer, core=pyopt.Adan):
 class FTRL(OwnOptimizer, core=pyopt.FTRL):
     """pyopt.FTRL for tensors: arguments, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.FTRL)
+    @constructor_of(pyopt.FTRL)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, z: Tensor, n: Tensor) -> tuple[Tensor, ...]:
@@ -201,7 +207,8 @@ class FTRL(OwnOptimizer, core=pyopt.FTRL):
 class LARS(OwnOptimizer, core=pyopt.LARS):
     """pyopt.LARS for tensors: arguments, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.LARS)
+    @constructor_of(pyopt.LARS)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, *b: Tensor) -> tuple[Tensor, ...]:
@@ -218,7 +225,8 @@ class LARS(OwnOptimizer, core=pyopt.LARS):
 class LAMB(OwnOptimizer, core=pyopt.LAMB):
     """pyopt.LAMB for tensors: arguments, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.LAMB)
+    @constructor_of(pyopt.LAMB)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -235,7 +243,8 @@ class Prodigy(OneDistance, OwnOptimizer, core=pyopt.Prodigy):
     Where the kernels do not cover one parameter, all take the formula, since d is one for all.
     """
 
-    __init__ = constructor_of(pyopt.Prodigy)
+    @constructor_of(pyopt.Prodigy)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def _sums(h: Any, p: Tensor, g: Tensor, m: Tensor, v: Tensor, s: Tensor, p0: Tensor) -> tuple[Any, ...]:
@@ -282,7 +291,8 @@ class ScheduleFree(TrainEval, OwnOptimizer):
 class SGDScheduleFree(ScheduleFree, core=pyopt.SGDScheduleFree):
     """pyopt.SGDScheduleFree for tensors: arguments, modes, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.SGDScheduleFree)
+    @constructor_of(pyopt.SGDScheduleFree)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, z: Tensor) -> tuple[Tensor, ...]:
@@ -294,7 +304,8 @@ class SGDScheduleFree(ScheduleFree, core=pyopt.SGDScheduleFree):
 class AdamWScheduleFree(ScheduleFree, core=pyopt.AdamWScheduleFree):
     """pyopt.AdamWScheduleFree for tensors: arguments, modes, state and errors are its; no sparse gradients."""
 
-    __init__ = constructor_of(pyopt.AdamWScheduleFree)
+    @constructor_of(pyopt.AdamWScheduleFree)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, ...]:

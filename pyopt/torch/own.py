@@ -21,15 +21,18 @@ Tensor = torch.Tensor
 Formula = Callable[..., tuple[Tensor, ...]]
 
 
-def constructor_of(core: Callable[P, Any]) -> Callable[Concatenate[Any, P], None]:
-    """The constructor of a pyopt optimizer, its options and their checks, for one of torch's kind."""
+def constructor_of(core: Callable[P, Any]) -> Callable[[Any], Callable[Concatenate[Any, P], None]]:
+    """The constructor of a pyopt optimizer, its options and their checks, for one of torch's kind.
+
+    A decorator of an empty one: of a value that is assigned type checkers of users do not see the type.
+    """
 
     @functools.wraps(core.__init__)
     def __init__(self: Any, params: Any, *args: Any, **options: Any) -> None:
         make: Any = core
         super(OwnOptimizer, self).__init__(params, make([np.empty((0, 0))], *args, **options).defaults)
 
-    return __init__  # type: ignore[return-value]
+    return lambda _: __init__  # type: ignore[return-value]
 
 
 Row = tuple[Any, list[Tensor], Tensor]  # the numbers of the rule; parameter and state; the gradient

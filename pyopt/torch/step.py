@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch._C import _is_tracing, _len_torch_dispatch_stack
@@ -23,7 +23,7 @@ from pyopt.torch.fallback import step_by_torch
 from pyopt.torch.flat import zero_flattened
 
 Group = dict[str, Any]
-Step = Callable[..., Any]
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 NO_AVERAGES: list[Average] = []
 GLOBAL_PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
@@ -50,7 +50,7 @@ def hooked_where_somebody_looks(function: Step) -> Step:
 
     The wrapper takes longer than the step of a small tensor.
     """
-    observed = torch_optimizer.Optimizer.profile_hook_step(function)
+    observed: Any = torch_optimizer.Optimizer.profile_hook_step(function)
 
     @functools.wraps(function)
     def step(self: KernelStepMixin, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def hooked_where_somebody_looks(function: Step) -> Step:
             raise
 
     step.hooked = True  # type: ignore[attr-defined]
-    return hidden_from_dynamo(step)
+    return hidden_from_dynamo(cast(Step, step))
 
 
 class FromScaler:
