@@ -16,18 +16,19 @@ COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or
 
 
 def supported(*flags: str) -> list[str]:
-    """Those of the flags that the compiler knows: the only place that asks it."""
-    command = [*COMPILER, "-Werror", "-x", "c", "-c", os.devnull, "-o", os.devnull]
-    if shutil.which(COMPILER[0]) is None:
-        return []
-    return [flag for flag in flags if not subprocess.run([*command, flag], capture_output=True).returncode]
+    """The flags, which belong together, if the compiler knows them: the only place that asks it."""
+    command = [*COMPILER, "-Werror", *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
+    known = shutil.which(COMPILER[0]) and not subprocess.run(command, capture_output=True).returncode
+    return list(flags) if known else []
 
 
 # Results depend on the numbers alone: no FMA contraction, IEEE square root and division, whatever CFLAGS says before.
 EXACT = ["-fno-fast-math", "-ffp-contract=off"]
-# None of these changes a result. Without the middle two GCC keeps loops with sqrt or a condition scalar (they stand
-# behind -fno-fast-math, which resets them); the last lets it move the options of the longest rules out of the loop.
-VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math", *supported("--param=max-unswitch-insns=500")]
+# None of these changes a result. Without the last two GCC keeps loops with sqrt or a condition scalar (they stand
+# behind -fno-fast-math, which resets them).
+VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+# By GCC's name or clang's: the options of the longest rules are moved out of the loop, which then has no condition.
+VECTOR += supported("--param=max-unswitch-insns=500") or supported("-mllvm", "-unswitch-threshold=500")
 # Two builds to look for faults with, each asked for by an environment variable. PYOPT_SANITIZE=address,undefined names
 # GCC's sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews and
 # None. The build tool does not see that a variable has changed: `build_ext --inplace --force`, to and fro.
@@ -62,7 +63,7 @@ DIRECTIVES = {
     "cdivision": True,
     "initializedcheck": DEBUG,
     "nonecheck": DEBUG,
-    "freethreading_compatible": False,
+    "freethreading_compatible": True,  # tests/test_python_threads.py
 }
 
 

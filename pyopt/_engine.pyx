@@ -20,7 +20,8 @@ cdef extern from *:
     int omp_get_thread_num(void);
     int omp_get_thread_limit(void);
     """
-    void GOMP_parallel(void (*share)(void *) noexcept nogil, void *data, unsigned threads, unsigned flags) noexcept nogil
+    void GOMP_parallel(void (*share)(void *) noexcept nogil, void *data, unsigned threads,
+                       unsigned flags) noexcept nogil
     int omp_get_max_threads() noexcept nogil
     int omp_get_num_threads() noexcept nogil
     int omp_get_thread_num() noexcept nogil
@@ -374,7 +375,7 @@ cdef extern from *:
 
 cdef int team = 1  # what holds now: that of the block entered last of those still open, else the base
 cdef int base_team = 1  # as set outside of blocks; pyopt.threads sets the default
-cdef list open_blocks = []  # in the order in which they were entered
+cdef list open_blocks = []  # in the order in which they were entered; its critical section guards all these
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
 cdef int initial_limit = openmp_default()  # what others set since or before is a limit, this is none
 cdef Py_ssize_t parallel_cost = -1  # what a test has set
@@ -398,16 +399,18 @@ cdef class TeamBlock:
         cdef OpenBlock block = OpenBlock.__new__(OpenBlock)
         block.owner, block.thread, block.threads = self, PyThread_get_thread_ident(), self.threads
         require_startable(self.threads)
-        open_blocks.append(block)
-        renew_team()
+        with cython.critical_section(open_blocks):
+            open_blocks.append(block)
+            renew_team()
 
     def __exit__(self, *_):
         cdef Py_ssize_t i
-        for i in range(len(open_blocks) - 1, -1, -1):
-            if (<OpenBlock>open_blocks[i]).owner is self:
-                del open_blocks[i]
-                break
-        renew_team()
+        with cython.critical_section(open_blocks):
+            for i in range(len(open_blocks) - 1, -1, -1):
+                if (<OpenBlock>open_blocks[i]).owner is self:
+                    del open_blocks[i]
+                    break
+            renew_team()
 
 
 cdef void renew_team() noexcept:
@@ -421,13 +424,14 @@ def set_team(int threads):
     cdef OpenBlock block
     cdef unsigned long thread = PyThread_get_thread_ident()
     require_startable(threads)
-    for block in reversed(open_blocks):
-        if block.thread == thread:
-            block.threads = threads
-            break
-    else:
-        base_team = threads
-    renew_team()
+    with cython.critical_section(open_blocks):
+        for block in reversed(open_blocks):
+            if block.thread == thread:
+                block.threads = threads
+                break
+        else:
+            base_team = threads
+        renew_team()
 
 
 def set_default_team(int threads):
