@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 
@@ -10,12 +12,23 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
+COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+
+
+def supported(*flags: str) -> list[str]:
+    """The flags, which belong together, if the compiler knows them: the only place that asks it."""
+    command = [*COMPILER, "-Werror", *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
+    known = shutil.which(COMPILER[0]) and not subprocess.run(command, capture_output=True).returncode
+    return list(flags) if known else []
+
+
 # Results depend on the numbers alone: no FMA contraction, IEEE square root and division, whatever CFLAGS says before.
 EXACT = ["-fno-fast-math", "-ffp-contract=off"]
-# None of these changes a result. Without the middle two GCC keeps loops with sqrt or a condition scalar (they stand
-# behind -fno-fast-math, which resets them); the last lets it move the options of the longest rules out of the loop.
-VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math", "--param=max-unswitch-insns=500"]
-OPENMP = ["-fopenmp"]
+# None of these changes a result. Without the last two GCC keeps loops with sqrt or a condition scalar (they stand
+# behind -fno-fast-math, which resets them).
+VECTOR = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+# By GCC's name or clang's: the options of the longest rules are moved out of the loop, which then has no condition.
+VECTOR += supported("--param=max-unswitch-insns=500") or supported("-mllvm", "-unswitch-threshold=500")
 # Builds to look for faults with, asked for by environment variables. PYOPT_SANITIZE=address,undefined names GCC's
 # sanitizers (tools/sanitize runs the tests under them); PYOPT_DEBUG=1 checks indices of lists and memoryviews and None;
 # PYOPT_COVERAGE=1 counts how often lines run (tools/coverage): by GCC, for Cython's own tracing takes the GIL at each.
@@ -24,20 +37,25 @@ COVERAGE = ["-O0", "--coverage", "-fprofile-update=atomic"] if os.environ.get("P
 SANITIZE = [f"-fsanitize={names}"] if (names := os.environ.get("PYOPT_SANITIZE")) else []
 DEBUG = os.environ.get("PYOPT_DEBUG", "0") not in ("", "0")
 FOR_DEBUGGER = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG or SANITIZE else []
-COMPILE_ARGS = EXACT + VECTOR + OPENMP + SANITIZE + FOR_DEBUGGER + COVERAGE
-LINK_ARGS = OPENMP + SANITIZE + COVERAGE[1:2]
+COMPILE_ARGS = EXACT + VECTOR + SANITIZE + (FOR_DEBUGGER or ["-g0"]) + COVERAGE
+LINK_ARGS = SANITIZE + COVERAGE[1:2] if FOR_DEBUGGER or COVERAGE else ["-s"]
 # Levels of instructions: the kernels are compiled once for each. The rest of the package gets the baseline, whatever
 # CFLAGS says, since it runs before the CPU has been asked.
-X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().replace("-", "_")
+X86_64 = MACHINE.endswith(("x86_64", "amd64"))
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
 MODULES = [
     *["_xxh64", "_engine", "_kernels", *LEVELS, "_matrix", "_norms"],
     *["_lock", "_plans", "_asked", "_step", "_arrays", "torch._tensors"],
 ]
-# The limited API of Python 3.11; of NumPy the inline accessors of its arrays (_numpy_arrays.pxd), as of 2.0.
+# The engine alone calls OpenMP, by its functions: libgomp, the one beside it in a wheel, else that of the system.
+OPENMP = {"libraries": ["gomp", "pthread"], "runtime_library_dirs": ["$ORIGIN"]}
+# The limited API of Python 3.11, which a Python without the GIL does not have; of NumPy the inline accessors of its
+# arrays (_numpy_arrays.pxd), as of 2.0.
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
 MACROS = [
-    ("Py_LIMITED_API", "0x030b0000"),
+    *([("Py_LIMITED_API", "0x030b0000")] if LIMITED else []),
     ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
     ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
 ]
@@ -50,29 +68,29 @@ DIRECTIVES = {
     "cdivision": True,
     "initializedcheck": DEBUG,
     "nonecheck": DEBUG,
-    "freethreading_compatible": False,
+    "freethreading_compatible": True,  # tests/test_python_threads.py
 }
 
 
 def extension(name: str) -> Extension:
-    """The extension pyopt.<name>, against the limited API (abi3) of Python 3.11."""
+    """The extension pyopt.<name>, against the limited API (abi3) of Python 3.11 where there is one."""
     return Extension(
         f"pyopt.{name}",
         [f"pyopt/{name.replace('.', '/')}.pyx"],
         include_dirs=[numpy.get_include()],
         define_macros=MACROS,
-        py_limited_api=True,
+        py_limited_api=LIMITED,
         extra_compile_args=[*LEVELS.get(name, BASELINE), *COMPILE_ARGS],
         extra_link_args=LINK_ARGS,
+        **(OPENMP if name == "_engine" else {}),
     )
 
 
 def require_compiler() -> None:
     """Say plainly what to install where there is no C compiler, instead of the build tool's own trace."""
-    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
-    if shutil.which(compiler) is None:
+    if shutil.which(COMPILER[0]) is None:
         sys.exit(
-            f"pyopt compiles a small C core and found no C compiler ({compiler!r}).\n"
+            f"pyopt compiles a small C core and found no C compiler ({COMPILER[0]!r}).\n"
             "Install one and try again, for example: apt-get install gcc python3-dev, or dnf install gcc python3-devel."
         )
 
@@ -88,5 +106,5 @@ if __name__ == "__main__":
             force=anew,
             emit_linenums=bool(COVERAGE),  # so that the counts are those of the lines of .pyx and .pxd
         ),
-        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
     )

@@ -7,11 +7,25 @@
 # - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
 
 cimport cython
-from cython.parallel cimport parallel
-
-cimport openmp
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.string cimport memset
+
+cdef extern from *:
+    """
+    /* OpenMP by its functions. The first is what GCC makes of `#pragma omp parallel`; LLVM's libomp has it too. So any
+       compiler will do, also one without OpenMP, and the runtime is the one that the process has: libgomp. */
+    void GOMP_parallel(void (*share)(void *), void *data, unsigned threads, unsigned flags);
+    int omp_get_max_threads(void);
+    int omp_get_num_threads(void);
+    int omp_get_thread_num(void);
+    int omp_get_thread_limit(void);
+    """
+    void GOMP_parallel(void (*share)(void *) noexcept nogil, void *data, unsigned threads,
+                       unsigned flags) noexcept nogil
+    int omp_get_max_threads() noexcept nogil
+    int omp_get_num_threads() noexcept nogil
+    int omp_get_thread_num() noexcept nogil
+    int omp_get_thread_limit() noexcept nogil
 
 
 cdef class Rule:
@@ -234,24 +248,31 @@ cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm,
 cdef int sweep_on(const Pass *a) noexcept nogil:
     """Run one pass on a team of as many threads as it has parts; returns how many OpenMP gave."""
     global own_team
-    cdef int given = 1
+    cdef Region region
     if a.parts == 1:
         run_in_mode(a, 0, a.cost)
         return 1
-    with parallel(num_threads=a.parts):  # not prange, whose lastprivate index costs a barrier at the entry
-        run_share(a, &given)
+    region.work, region.given = a, 1
+    GOMP_parallel(run_share, &region, a.parts, 0)
     own_team = a.parts
-    return given
+    return region.given
 
 
-cdef void run_share(const Pass *a, int *given) noexcept nogil:
+cdef struct Region:
+    const Pass *work
+    int given  # how many threads OpenMP gave
+
+
+cdef void run_share(void *data) noexcept nogil:
     """What falls to this thread: one part, or several where OpenMP gave a smaller team than asked for."""
-    cdef Py_ssize_t part = openmp.omp_get_thread_num()
+    cdef Region *region = <Region *>data
+    cdef const Pass *a = region.work
+    cdef Py_ssize_t part = omp_get_thread_num()
     if part == 0:
-        given[0] = openmp.omp_get_num_threads()
+        region.given = omp_get_num_threads()
     while part < a.parts:
         run_in_mode(a, a.cost * part // a.parts, a.cost * (part + 1) // a.parts)
-        part += openmp.omp_get_num_threads()
+        part += omp_get_num_threads()
 
 
 cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
@@ -267,22 +288,30 @@ cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t 
     """Run all pieces of a job, independent of each other, on as many threads as pay for so many elements."""
     global used, own_team
     cdef int threads = threads_for(cost)
-    cdef bint flush = flush_denormals
+    cdef Pieces all
     if threads > 1 and startable(threads) < threads:
         threads = 1
     used = threads
     if threads == 1:
-        run_some(piece, job, 0, count, flush)
+        run_some(piece, job, 0, count, flush_denormals)
         return
-    with parallel(num_threads=threads):
-        run_share_of_pieces(piece, job, count, flush)
+    all.piece, all.job, all.count, all.flush = piece, job, count, flush_denormals
+    GOMP_parallel(run_share_of_pieces, &all, threads, 0)
     own_team = threads
 
 
-cdef void run_share_of_pieces(Piece piece, const void *job, Py_ssize_t count, bint flush) noexcept nogil:
+cdef struct Pieces:
+    Piece piece
+    const void *job
+    Py_ssize_t count
+    bint flush
+
+
+cdef void run_share_of_pieces(void *data) noexcept nogil:
     """What falls to this thread, whatever the size of the team that OpenMP gave."""
-    cdef Py_ssize_t part = openmp.omp_get_thread_num(), parts = openmp.omp_get_num_threads()
-    run_some(piece, job, count * part // parts, count * (part + 1) // parts, flush)
+    cdef const Pieces *all = <const Pieces *>data
+    cdef Py_ssize_t part = omp_get_thread_num(), parts = omp_get_num_threads()
+    run_some(all.piece, all.job, all.count * part // parts, all.count * (part + 1) // parts, all.flush)
 
 
 cdef void run_some(Piece piece, const void *job, Py_ssize_t begin, Py_ssize_t end, bint flush) noexcept nogil:
@@ -346,7 +375,7 @@ cdef extern from *:
 
 cdef int team = 1  # what holds now: that of the block entered last of those still open, else the base
 cdef int base_team = 1  # as set outside of blocks; pyopt.threads sets the default
-cdef list open_blocks = []  # in the order in which they were entered
+cdef list open_blocks = []  # in the order in which they were entered; its critical section guards all these
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
 cdef int initial_limit = openmp_default()  # what others set since or before is a limit, this is none
 cdef Py_ssize_t parallel_cost = -1  # what a test has set
@@ -370,16 +399,18 @@ cdef class TeamBlock:
         cdef OpenBlock block = OpenBlock.__new__(OpenBlock)
         block.owner, block.thread, block.threads = self, PyThread_get_thread_ident(), self.threads
         require_startable(self.threads)
-        open_blocks.append(block)
-        renew_team()
+        with cython.critical_section(open_blocks):
+            open_blocks.append(block)
+            renew_team()
 
     def __exit__(self, *_):
         cdef Py_ssize_t i
-        for i in range(len(open_blocks) - 1, -1, -1):
-            if (<OpenBlock>open_blocks[i]).owner is self:
-                del open_blocks[i]
-                break
-        renew_team()
+        with cython.critical_section(open_blocks):
+            for i in range(len(open_blocks) - 1, -1, -1):
+                if (<OpenBlock>open_blocks[i]).owner is self:
+                    del open_blocks[i]
+                    break
+            renew_team()
 
 
 cdef void renew_team() noexcept:
@@ -393,13 +424,14 @@ def set_team(int threads):
     cdef OpenBlock block
     cdef unsigned long thread = PyThread_get_thread_ident()
     require_startable(threads)
-    for block in reversed(open_blocks):
-        if block.thread == thread:
-            block.threads = threads
-            break
-    else:
-        base_team = threads
-    renew_team()
+    with cython.critical_section(open_blocks):
+        for block in reversed(open_blocks):
+            if block.thread == thread:
+                block.threads = threads
+                break
+        else:
+            base_team = threads
+        renew_team()
 
 
 def set_default_team(int threads):
@@ -411,7 +443,7 @@ def set_default_team(int threads):
 
 cpdef int get_team() noexcept nogil:
     """How many threads a step uses now: those asked for, less if OpenMP is limited, 1 in a forked child."""
-    cdef int limit = openmp.omp_get_max_threads()
+    cdef int limit = omp_get_max_threads()
     if forked:
         return 1
     return limit if limit < initial_limit and limit < team else team
@@ -443,7 +475,6 @@ def is_forked():
 
 cdef extern from *:
     """
-    #include <omp.h>
     #include <pthread.h>
     #include <stdlib.h>
 
@@ -504,7 +535,7 @@ def set_stack_size(size_t size):
 
 cdef int startable(int threads) noexcept nogil:
     """The size up to this one of the team that this Python thread can have; where it is this one, it has it now."""
-    cdef int started, needed = min(threads, openmp.omp_get_thread_limit())
+    cdef int started, needed = min(threads, omp_get_thread_limit())
     cdef Pass nothing
     if needed <= own_team:
         return threads

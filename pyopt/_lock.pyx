@@ -58,13 +58,13 @@ cdef class Lock:
         cdef int got
         if self.forks != forks:
             self.forks = forks
-            if not (self.depth and self.owner == me):  # who held it does not exist in this child
+            if self.owner != me:  # who held it does not exist in this child
                 self.lock = PyThread_allocate_lock()  # the old one may be held: it is not freed
                 if self.lock == NULL:
                     raise MemoryError("no memory for a lock")
-                self.depth = 0
+                self.owner = self.depth = 0
                 self.end()
-        if self.depth and self.owner == me:
+        if self.owner == me:  # other threads never write this thread's name, so this holds without the GIL too
             if alone and self.walking:
                 raise RuntimeError("step() of this optimizer is already running: it was called from inside itself")
             self.depth += 1
@@ -85,6 +85,7 @@ cdef class Lock:
     cdef int give_back(self) noexcept:
         self.depth -= 1
         if self.depth == 0:
+            self.owner = 0
             PyThread_release_lock(self.lock)
         return 0
 
