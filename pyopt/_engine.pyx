@@ -7,7 +7,6 @@
 # - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
 
 cimport cython
-from cython.parallel cimport parallel
 
 cimport openmp
 from cpython.pythread cimport PyThread_get_thread_ident
@@ -18,22 +17,13 @@ cdef class Rule:
     """An update rule: the state behind each stream, its span for either element type, the packer of its numbers."""
 
     @staticmethod
-    cdef Rule make(str name, tuple states, Span32 span32, Span64 span64, Pack pack):
+    cdef Rule make(str name, tuple states, Kernel kernel, Pack pack):
         cdef Rule rule = Rule.__new__(Rule)
         rule.name = name
         rule.states = states
-        rule.kernel.span32 = span32
-        rule.kernel.span64 = span64
+        rule.kernel = kernel
         rule.pack = pack
         return rule
-
-    cdef Rule after_sums(self, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint=False):
-        """This rule, which steps with numbers that follow from sums."""
-        self.kernel.reduce32 = reduce32
-        self.kernel.reduce64 = reduce64
-        self.kernel.finish = finish
-        self.kernel.joint = joint
-        return self
 
     @property
     def has_sums(self):
@@ -57,18 +47,6 @@ cdef class Outcome:
 
 cdef enum:
     LINE = 64  # parts begin at multiples of this many elements
-
-
-cdef struct Pass:  # one region: a step, or the sums before it
-    const Work *work
-    Py_ssize_t count
-    const Numbers *numbers
-    const Numbers *norm  # what sums all gradients, NULL for the sums that rules ask for
-    double *sums  # SUMS for each block; NULL for a step
-    const Extras *extras
-    Py_ssize_t cost
-    int parts
-    bint flush
 
 
 cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost, Py_ssize_t line) noexcept nogil:
@@ -238,14 +216,14 @@ cdef int sweep_on(const Pass *a) noexcept nogil:
     if a.parts == 1:
         run_in_mode(a, 0, a.cost)
         return 1
-    with parallel(num_threads=a.parts):  # not prange, whose lastprivate index costs a barrier at the entry
-        run_share(a, &given)
+    run_team(a.parts, run_share, a, &given)
     own_team = a.parts
     return given
 
 
-cdef void run_share(const Pass *a, int *given) noexcept nogil:
+cdef void run_share(const void *job, int *given) noexcept nogil:
     """What falls to this thread: one part, or several where OpenMP gave a smaller team than asked for."""
+    cdef const Pass *a = <const Pass *>job
     cdef Py_ssize_t part = openmp.omp_get_thread_num()
     if part == 0:
         given[0] = openmp.omp_get_num_threads()
@@ -263,39 +241,57 @@ cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
+cdef struct Pieces:
+    Piece piece
+    const void *job
+    Py_ssize_t count
+    bint flush
+
+
 cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t cost) noexcept nogil:
     """Run all pieces of a job, independent of each other, on as many threads as pay for so many elements."""
     global used, own_team
     cdef int threads = threads_for(cost)
-    cdef bint flush = flush_denormals
+    cdef Pieces all
+    all.piece, all.job, all.count, all.flush = piece, job, count, flush_denormals
     if threads > 1 and startable(threads) < threads:
         threads = 1
     used = threads
     if threads == 1:
-        run_some(piece, job, 0, count, flush)
+        run_some(&all, 0, count)
         return
-    with parallel(num_threads=threads):
-        run_share_of_pieces(piece, job, count, flush)
+    run_team(threads, run_share_of_pieces, &all, NULL)
     own_team = threads
 
 
-cdef void run_share_of_pieces(Piece piece, const void *job, Py_ssize_t count, bint flush) noexcept nogil:
+cdef void run_share_of_pieces(const void *job, int *_) noexcept nogil:
     """What falls to this thread, whatever the size of the team that OpenMP gave."""
+    cdef const Pieces *all = <const Pieces *>job
     cdef Py_ssize_t part = openmp.omp_get_thread_num(), parts = openmp.omp_get_num_threads()
-    run_some(piece, job, count * part // parts, count * (part + 1) // parts, flush)
+    run_some(all, all.count * part // parts, all.count * (part + 1) // parts)
 
 
-cdef void run_some(Piece piece, const void *job, Py_ssize_t begin, Py_ssize_t end, bint flush) noexcept nogil:
+cdef void run_some(const Pieces *all, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Pieces in the floating-point mode of the step."""
-    cdef unsigned long mode = set_float_mode(float_mode(flush))
+    cdef unsigned long mode = set_float_mode(float_mode(all.flush))
     cdef Py_ssize_t i
     for i in range(begin, end):
-        piece(job, i)
+        all.piece(all.job, i)
     set_float_mode(mode)
 
 
+# A region in C: Cython's `with parallel` asks Python for the GIL first, which a caller of the C door may not have and
+# other Python threads can keep for milliseconds.
+
+ctypedef void (*Share)(const void *job, int *given) noexcept nogil
+
 cdef extern from *:
     """
+    static void run_team(int threads, void (*share)(const void *, int *), const void *job, int *given) {
+        #pragma omp parallel num_threads(threads)
+        share(job, given);
+    }
+
     /* Round to nearest, no traps, denormals kept or flushed; set_float_mode returns the mode before. */
     #if defined(__SSE2__)
     #include <xmmintrin.h>
@@ -336,6 +332,7 @@ cdef extern from *:
     #endif
     }
     """
+    void run_team(int threads, Share share, const void *job, int *given) noexcept nogil
     const bint CAN_FLUSH "PYOPT_CAN_FLUSH"
     unsigned long float_mode(bint flush) noexcept nogil
     unsigned long set_float_mode(unsigned long mode) noexcept nogil
@@ -349,7 +346,7 @@ cdef int base_team = 1  # as set outside of blocks; pyopt.threads sets the defau
 cdef list open_blocks = []  # in the order in which they were entered
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
 cdef int initial_limit = openmp_default()  # what others set since or before is a limit, this is none
-cdef Py_ssize_t parallel_cost = -1  # what a test has set
+cdef Py_ssize_t parallel_cost = 0  # 1 more than a test has set
 
 
 @cython.final
@@ -584,13 +581,20 @@ def get_parallel_cost():
 def set_parallel_cost(Py_ssize_t cost):
     """For tests: share this many elements and more; -1 as usual."""
     global parallel_cost
-    parallel_cost = cost
+    parallel_cost = cost + 1
 
 
 cdef Py_ssize_t least_shared(int threads) noexcept nogil:
-    return parallel_cost if parallel_cost >= 0 else REGION_COST + <Py_ssize_t>THREAD_COST * threads
+    return parallel_cost - 1 if parallel_cost > 0 else REGION_COST + <Py_ssize_t>THREAD_COST * threads
 
 
 cdef int threads_for(Py_ssize_t cost) noexcept nogil:
     cdef int threads = get_team()
     return threads if threads > 1 and cost >= least_shared(threads) else 1
+
+
+cdef int threads_of(int most, Py_ssize_t cost) noexcept nogil:
+    """The size of the team where not pyopt's setting but the caller says how many threads there may be."""
+    if forked or most <= 1 or cost < least_shared(most) or startable(most) < most:
+        return 1
+    return most
