@@ -430,8 +430,10 @@ cdef bint needs_sums(int rule, const double *o) noexcept nogil:
     return rule == LAMB or rule == LARS or rule == PRODIGY
 
 
-cdef void make_numbers(int rule, const double *o, double t, double *kept, double *h) noexcept nogil:
+cdef void make_numbers(int rule, const pyopt_slot *given, double *kept, double *h) noexcept nogil:
     """The numbers of a rule, of its options, the count of the step, and what it keeps, which moves on."""
+    cdef const double *o = given.options
+    cdef double t = <double>given.step
     if rule == ADABELIEF:
         numbers.adabelief(<const numbers.AdaBelief *>o, t, <rules.AdaBelief *>h)
     elif rule == ADADELTA:
@@ -478,6 +480,7 @@ cdef void make_numbers(int rule, const double *o, double t, double *kept, double
     elif rule == SGD_SCHEDULE_FREE:
         numbers.sgd_schedule_free(<const numbers.SGDScheduleFree *>o, t, <numbers.ScheduleFreeKept *>kept,
                                   <rules.SGDScheduleFree *>h)
+    h[0] *= given.gradient_factor  # a plain double: a member of Numbers could not be the same for the compiler
 
 
 cdef int check_numbers(const Plan *plan, Py_ssize_t i, const double *h, char *message, size_t size) noexcept nogil:
@@ -514,8 +517,7 @@ cdef int prepare(pyopt_plan *handle, const pyopt_slot *slots, size_t count, char
         if catalogue[rule].rule.n_kept > 0:
             memcpy(kept, given.kept, catalogue[rule].rule.n_kept * sizeof(double))
         memset(n, 0, sizeof(Numbers))
-        make_numbers(rule, given.options, <double>given.step, kept, n.value)
-        n.value[0] *= given.gradient_factor
+        make_numbers(rule, given, kept, n.value)
         n.kernel = &kernels[rule][1 if needs_sums(rule, given.options) and catalogue[rule].summing != NULL else 0]
         has_sums = has_sums or n.kernel.finish != NULL
         status = check_numbers(plan, i, n.value, message, size)
@@ -537,7 +539,7 @@ cdef int prepare(pyopt_plan *handle, const pyopt_slot *slots, size_t count, char
         rule = plan.slots[i].rule
         if plan.slots[i].rows > 0 and catalogue[rule].rule.n_kept > 0 and rule != PRODIGY:
             given = slot_at(slots, i)
-            make_numbers(rule, given.options, <double>given.step, given.kept, plan.prepared[i].value)
+            make_numbers(rule, given, given.kept, plan.prepared[i].value)
     if has_sums or plan.has_sums:
         for k in range(plan.count):
             assign_numbers(plan, k)
