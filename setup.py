@@ -29,7 +29,7 @@ LINK_ARGS = OPENMP + SANITIZE
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
-MODULES = ["_xxh64", "_engine", "_matrix", "_norms", "_step", "_arrays", "torch._tensors", "_door", "_kernels", *LEVELS]
+MODULES = ["_xxh64", "_engine", "_matrix", "_norms", "_step", "_arrays", "torch._tensors", "_door", "_xla", "_kernels", *LEVELS]
 # The limited API of Python 3.11; of NumPy the inline accessors of its arrays (_numpy_arrays.pxd), as of 2.0.
 MACROS = [
     ("Py_LIMITED_API", "0x030b0000"),
