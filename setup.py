@@ -47,7 +47,7 @@ BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
 MODULES = [
     *["_xxh64", "_engine", "_kernels", *LEVELS, "_matrix", "_norms"],
-    *["_lock", "_plans", "_asked", "_step", "_arrays", "torch._tensors"],
+    *["_lock", "_plans", "_asked", "_step", "_arrays", "torch._tensors", "_door", "_xla"],
 ]
 # The engine alone calls OpenMP, by its functions: libgomp, the one beside it in a wheel, else that of the system.
 OPENMP = {"libraries": ["gomp", "pthread"], "runtime_library_dirs": ["$ORIGIN"]}
@@ -77,7 +77,7 @@ def extension(name: str) -> Extension:
     return Extension(
         f"pyopt.{name}",
         [f"pyopt/{name.replace('.', '/')}.pyx"],
-        include_dirs=[numpy.get_include()],
+        include_dirs=[numpy.get_include(), "pyopt", "pyopt/include"],
         define_macros=MACROS,
         py_limited_api=LIMITED,
         extra_compile_args=[*LEVELS.get(name, BASELINE), *COMPILE_ARGS],

@@ -9,6 +9,8 @@ except ModuleNotFoundError as error:
     raise
 from pyopt import averaging as averaging
 from pyopt import lr_scheduler as lr_scheduler
+from pyopt._door import c_api_v1 as c_api_v1
+from pyopt._door import get_include as get_include
 from pyopt.clipping import clip_grad_norm_ as clip_grad_norm_
 from pyopt.clipping import clip_grad_value_ as clip_grad_value_
 from pyopt.clipping import clip_grads_with_norm_ as clip_grads_with_norm_

@@ -65,7 +65,23 @@ cdef struct Extras:  # what a sweep does beside the rules
     const Kernel *kernel  # of an average and the tensor
 
 
+cdef struct Pass:  # one region: a step, or the sums before it
+    const Work *work
+    Py_ssize_t count
+    const Numbers *numbers
+    const Numbers *norm  # what sums all gradients, NULL for the sums that rules ask for
+    double *sums  # SUMS for each block; NULL for a step
+    const Extras *extras
+    Py_ssize_t cost
+    int parts
+    bint flush
+
+
 cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil
+cdef int threads_of(int most, Py_ssize_t cost) noexcept nogil
+cdef int sweep_on(const Pass *a) noexcept nogil
+cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
+cdef void finish(const Pass *a, Numbers *numbers) noexcept nogil
 cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums,
                 const Extras *extras) noexcept nogil
 cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm, double *sums) noexcept nogil
@@ -84,8 +100,7 @@ cdef class Rule:
     cdef Pack pack
 
     @staticmethod
-    cdef Rule make(str name, tuple states, Span32 span32, Span64 span64, Pack pack)
-    cdef Rule after_sums(self, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint=*)
+    cdef Rule make(str name, tuple states, Kernel kernel, Pack pack)
 
 
 cdef class Outcome:

@@ -12,7 +12,8 @@ from libc.string cimport memset
 
 cdef extern from *:
     """
-    /* OpenMP by its functions. The first is what GCC makes of `#pragma omp parallel`; LLVM's libomp has it too. So any
+    /* OpenMP by its functions: Cython's `with parallel` asks Python for the GIL, which a caller of the C door may not
+       have. The first is what GCC makes of `#pragma omp parallel`; LLVM's libomp has it too. So any
        compiler will do, also one without OpenMP, and the runtime is the one that the process has: libgomp. */
     void GOMP_parallel(void (*share)(void *), void *data, unsigned threads, unsigned flags);
     int omp_get_max_threads(void);
@@ -32,22 +33,13 @@ cdef class Rule:
     """An update rule: the state behind each stream, its span for either element type, the packer of its numbers."""
 
     @staticmethod
-    cdef Rule make(str name, tuple states, Span32 span32, Span64 span64, Pack pack):
+    cdef Rule make(str name, tuple states, Kernel kernel, Pack pack):
         cdef Rule rule = Rule.__new__(Rule)
         rule.name = name
         rule.states = states
-        rule.kernel.span32 = span32
-        rule.kernel.span64 = span64
+        rule.kernel = kernel
         rule.pack = pack
         return rule
-
-    cdef Rule after_sums(self, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint=False):
-        """This rule, which steps with numbers that follow from sums."""
-        self.kernel.reduce32 = reduce32
-        self.kernel.reduce64 = reduce64
-        self.kernel.finish = finish
-        self.kernel.joint = joint
-        return self
 
     @property
     def has_sums(self):
@@ -71,18 +63,6 @@ cdef class Outcome:
 
 cdef enum:
     LINE = 64  # parts begin at multiples of this many elements
-
-
-cdef struct Pass:  # one region: a step, or the sums before it
-    const Work *work
-    Py_ssize_t count
-    const Numbers *numbers
-    const Numbers *norm  # what sums all gradients, NULL for the sums that rules ask for
-    double *sums  # SUMS for each block; NULL for a step
-    const Extras *extras
-    Py_ssize_t cost
-    int parts
-    bint flush
 
 
 cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost, Py_ssize_t line) noexcept nogil:
@@ -284,22 +264,6 @@ cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
-cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t cost) noexcept nogil:
-    """Run all pieces of a job, independent of each other, on as many threads as pay for so many elements."""
-    global used, own_team
-    cdef int threads = threads_for(cost)
-    cdef Pieces all
-    if threads > 1 and startable(threads) < threads:
-        threads = 1
-    used = threads
-    if threads == 1:
-        run_some(piece, job, 0, count, flush_denormals)
-        return
-    all.piece, all.job, all.count, all.flush = piece, job, count, flush_denormals
-    GOMP_parallel(run_share_of_pieces, &all, threads, 0)
-    own_team = threads
-
-
 cdef struct Pieces:
     Piece piece
     const void *job
@@ -307,19 +271,35 @@ cdef struct Pieces:
     bint flush
 
 
+cdef void run_pieces(Piece piece, const void *job, Py_ssize_t count, Py_ssize_t cost) noexcept nogil:
+    """Run all pieces of a job, independent of each other, on as many threads as pay for so many elements."""
+    global used, own_team
+    cdef int threads = threads_for(cost)
+    cdef Pieces all
+    all.piece, all.job, all.count, all.flush = piece, job, count, flush_denormals
+    if threads > 1 and startable(threads) < threads:
+        threads = 1
+    used = threads
+    if threads == 1:
+        run_some(&all, 0, count)
+        return
+    GOMP_parallel(run_share_of_pieces, &all, threads, 0)
+    own_team = threads
+
+
 cdef void run_share_of_pieces(void *data) noexcept nogil:
     """What falls to this thread, whatever the size of the team that OpenMP gave."""
     cdef const Pieces *all = <const Pieces *>data
     cdef Py_ssize_t part = omp_get_thread_num(), parts = omp_get_num_threads()
-    run_some(all.piece, all.job, all.count * part // parts, all.count * (part + 1) // parts, all.flush)
+    run_some(all, all.count * part // parts, all.count * (part + 1) // parts)
 
 
-cdef void run_some(Piece piece, const void *job, Py_ssize_t begin, Py_ssize_t end, bint flush) noexcept nogil:
+cdef void run_some(const Pieces *all, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Pieces in the floating-point mode of the step."""
-    cdef unsigned long mode = set_float_mode(float_mode(flush))
+    cdef unsigned long mode = set_float_mode(float_mode(all.flush))
     cdef Py_ssize_t i
     for i in range(begin, end):
-        piece(job, i)
+        all.piece(all.job, i)
     set_float_mode(mode)
 
 
@@ -378,7 +358,7 @@ cdef int base_team = 1  # as set outside of blocks; pyopt.threads sets the defau
 cdef list open_blocks = []  # in the order in which they were entered; its critical section guards all these
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
 cdef int initial_limit = openmp_default()  # what others set since or before is a limit, this is none
-cdef Py_ssize_t parallel_cost = -1  # what a test has set
+cdef Py_ssize_t parallel_cost = 0  # 1 more than a test has set
 
 
 @cython.final
@@ -615,13 +595,20 @@ def get_parallel_cost():
 def set_parallel_cost(Py_ssize_t cost):
     """For tests: share this many elements and more; -1 as usual."""
     global parallel_cost
-    parallel_cost = cost
+    parallel_cost = cost + 1
 
 
 cdef Py_ssize_t least_shared(int threads) noexcept nogil:
-    return parallel_cost if parallel_cost >= 0 else REGION_COST + <Py_ssize_t>THREAD_COST * threads
+    return parallel_cost - 1 if parallel_cost > 0 else REGION_COST + <Py_ssize_t>THREAD_COST * threads
 
 
 cdef int threads_for(Py_ssize_t cost) noexcept nogil:
     cdef int threads = get_team()
     return threads if threads > 1 and cost >= least_shared(threads) else 1
+
+
+cdef int threads_of(int most, Py_ssize_t cost) noexcept nogil:
+    """The size of the team where not pyopt's setting but the caller says how many threads there may be."""
+    if forked or most <= 1 or cost < least_shared(most) or startable(most) < most:
+        return 1
+    return most

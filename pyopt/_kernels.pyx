@@ -4,10 +4,10 @@
 # options; tests/test_object_code.py holds it to that.
 
 from libc.math cimport isinf, pow
-from libc.string cimport memset
+from libc.string cimport memset, strcmp
 
 from pyopt cimport _rules as rules
-from pyopt._engine cimport BLOCK, Finish, Pack, Reduce32, Reduce64, Rule, Span32, Span64
+from pyopt._engine cimport BLOCK, Finish, Kernel, Pack, Reduce32, Reduce64, Rule, Span32, Span64
 from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
 
@@ -123,9 +123,20 @@ cdef int pack(dict scalars, Numbers *numbers) except -1:
     return 0
 
 
+cdef Kernel kernel(const Numbers *_) noexcept nogil:
+    """What runs for the rule of these numbers; the engine, which does not know their struct, hands them on as void *."""
+    return spans(<Span32>span[float, Numbers], <Span64>span[double, Numbers])
+
+
+cdef Kernel spans(Span32 span32, Span64 span64) noexcept nogil:
+    cdef Kernel found
+    memset(&found, 0, sizeof(Kernel))
+    found.span32, found.span64 = span32, span64
+    return found
+
+
 cdef Rule rule(str name, tuple states, const Numbers *_):
-    """The rule of these numbers; the engine, which does not know their struct, hands them on as void *."""
-    return Rule.make(name, states, <Span32>span[float, Numbers], <Span64>span[double, Numbers], <Pack>pack[Numbers])
+    return Rule.make(name, states, kernel(_), <Pack>pack[Numbers])
 
 
 # --- the rules that need sums over whole tensors ----------------------------------------------------------------------
@@ -195,10 +206,18 @@ cdef void finish(Summing *numbers, const double *sums, Py_ssize_t size) noexcept
         rules.prodigy_finish(numbers, sums, size)
 
 
-cdef Rule summing_rule(str name, tuple states, const Summing *_, bint joint=False):
-    return rule(name, states, _).after_sums(
-        <Reduce32>block_sums[float, Summing], <Reduce64>block_sums[double, Summing], <Finish>finish[Summing], joint
-    )
+cdef Kernel summing_kernel(const Summing *_) noexcept nogil:
+    return with_sums(kernel(_), <Reduce32>block_sums[float, Summing], <Reduce64>block_sums[double, Summing],
+                     <Finish>finish[Summing], Summing is rules.Prodigy)
+
+
+cdef Kernel with_sums(Kernel found, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint) noexcept nogil:
+    found.reduce32, found.reduce64, found.finish, found.joint = reduce32, reduce64, finish, joint
+    return found
+
+
+cdef Rule summing_rule(str name, tuple states, const Summing *_):
+    return Rule.make(name, states, summing_kernel(_), <Pack>pack[Summing])
 
 
 # --- no rules ---------------------------------------------------------------------------------------------------------
@@ -279,10 +298,11 @@ cdef int pack_norm(dict scalars, rules.Norm *numbers) except -1:
     return 0
 
 
-exchange = Rule.make("exchange", (), exchange_span[float], exchange_span[double], pack_nothing)
-nothing = Rule.make("nothing", (), nothing_span[float], nothing_span[double], pack_nothing)
-norm = Rule.make("norm", (), nothing_span[float], nothing_span[double], <Pack>pack_norm).after_sums(
-    <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL)
+exchange = Rule.make("exchange", (), spans(exchange_span[float], exchange_span[double]), pack_nothing)
+nothing = Rule.make("nothing", (), spans(nothing_span[float], nothing_span[double]), pack_nothing)
+norm = Rule.make("norm", (), with_sums(
+    spans(nothing_span[float], nothing_span[double]), <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL, False
+), <Pack>pack_norm)
 
 
 # --- the table: each rule's name and the names of its states ----------------------------------------------------------
@@ -309,7 +329,7 @@ adam_scaled = summing_rule("adam_scaled", ("exp_avg", "exp_avg_sq", "max_exp_avg
 (<Rule>adam).summing = adam_scaled
 lars = summing_rule("lars", ("momentum_buffer",), <rules.LARS *>NULL)
 lamb = summing_rule("lamb", ("exp_avg", "exp_avg_sq"), <rules.LAMB *>NULL)
-prodigy = summing_rule("prodigy", ("exp_avg", "exp_avg_sq", "s", "p0"), <rules.Prodigy *>NULL, joint=True)
+prodigy = summing_rule("prodigy", ("exp_avg", "exp_avg_sq", "s", "p0"), <rules.Prodigy *>NULL)
 average = rule("average", (), <rules.Average *>NULL)
 scale = rule("scale", (), <rules.Scale *>NULL)
 clamp = rule("clamp", (), <rules.Clamp *>NULL)
@@ -317,6 +337,57 @@ interpolation = rule("interpolation", (), <rules.Interpolation *>NULL)
 muon = rule("muon", ("momentum_buffer", "direction"), <rules.Muon *>NULL)
 adafactor = rule("adafactor", ("variance",), <rules.Adafactor *>NULL)
 roof = rule("roof", ("s", "t", "u", "v"), <rules.Roof *>NULL)
+
+
+cdef bint find_kernel(const char *name, Kernel *found) noexcept nogil:
+    """What runs for a rule, by its name, without Python: for tools/build_c_library. Whether there is such a rule."""
+    if strcmp(name, "sgd") == 0:
+        found[0] = kernel(<rules.SGD *>NULL)
+    elif strcmp(name, "lion") == 0:
+        found[0] = kernel(<rules.Lion *>NULL)
+    elif strcmp(name, "adagrad") == 0:
+        found[0] = kernel(<rules.Adagrad *>NULL)
+    elif strcmp(name, "asgd") == 0:
+        found[0] = kernel(<rules.ASGD *>NULL)
+    elif strcmp(name, "rprop") == 0:
+        found[0] = kernel(<rules.Rprop *>NULL)
+    elif strcmp(name, "adadelta") == 0:
+        found[0] = kernel(<rules.Adadelta *>NULL)
+    elif strcmp(name, "rmsprop") == 0:
+        found[0] = kernel(<rules.RMSprop *>NULL)
+    elif strcmp(name, "adamax") == 0:
+        found[0] = kernel(<rules.Adamax *>NULL)
+    elif strcmp(name, "adam") == 0:
+        found[0] = kernel(<rules.Adam *>NULL)
+    elif strcmp(name, "adabelief") == 0:
+        found[0] = kernel(<rules.AdaBelief *>NULL)
+    elif strcmp(name, "radam") == 0:
+        found[0] = kernel(<rules.RAdam *>NULL)
+    elif strcmp(name, "nadam") == 0:
+        found[0] = kernel(<rules.NAdam *>NULL)
+    elif strcmp(name, "adopt") == 0:
+        found[0] = kernel(<rules.ADOPT *>NULL)
+    elif strcmp(name, "ademamix") == 0:
+        found[0] = kernel(<rules.AdEMAMix *>NULL)
+    elif strcmp(name, "adan") == 0:
+        found[0] = kernel(<rules.Adan *>NULL)
+    elif strcmp(name, "ftrl") == 0:
+        found[0] = kernel(<rules.FTRL *>NULL)
+    elif strcmp(name, "sgd_schedule_free") == 0:
+        found[0] = kernel(<rules.SGDScheduleFree *>NULL)
+    elif strcmp(name, "adamw_schedule_free") == 0:
+        found[0] = kernel(<rules.AdamWScheduleFree *>NULL)
+    elif strcmp(name, "adam_scaled") == 0:
+        found[0] = summing_kernel(<rules.AdamScaled *>NULL)
+    elif strcmp(name, "lars") == 0:
+        found[0] = summing_kernel(<rules.LARS *>NULL)
+    elif strcmp(name, "lamb") == 0:
+        found[0] = summing_kernel(<rules.LAMB *>NULL)
+    elif strcmp(name, "prodigy") == 0:
+        found[0] = summing_kernel(<rules.Prodigy *>NULL)
+    else:
+        return False
+    return True
 
 
 # --- passes over matrices: the tiles of pyopt/_matrix.pxd -------------------------------------------------------------

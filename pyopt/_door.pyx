@@ -1,0 +1,723 @@
+# The C door: pyopt/include/pyopt.h, and here what its functions do. Everything between the header and the last section
+# is C without Python, which tools/build_c_library links without it: no objects, no exceptions, no module variables but
+# zeros.
+#
+# The work is the engine's: the same cuts, kernels and sums as a step of an optimizer. A chunk is a fixed share of the
+# cost of all rows, so that a range of chunks is a part as a thread of a step has one.
+
+from libc.math cimport fabs, floor, isfinite, isnan
+from libc.stdint cimport int32_t, int64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport calloc, free, malloc, qsort
+from libc.string cimport memcpy, memset, strcmp
+
+from pyopt cimport (
+    PYOPT_CAPSULE, PYOPT_FLOAT32, PYOPT_FLOAT64, PYOPT_INVALID, PYOPT_MAJOR, PYOPT_MINOR, PYOPT_MOST_KEPT,
+    PYOPT_NO_MEMORY, PYOPT_OK, PYOPT_UNCHECKED, pyopt_functions, pyopt_kept, pyopt_plan, pyopt_row, pyopt_rule,
+    pyopt_slot, pyopt_stream,
+)
+from pyopt cimport _numbers as numbers
+from pyopt cimport _rules as rules
+from pyopt._engine cimport (
+    BLOCK, ROW_COST, SCALARS, STATES, SUMS, Kernel, Numbers, Pass, Rule, Work, finish, number_blocks, run_in_mode,
+    sweep_on, threads_of,
+)
+
+cdef extern from "_catalogue.h" nogil:
+    enum:
+        ANY, NON_NEGATIVE, POSITIVE, BETA, BETA_OR_NONE, FRACTION, INNER, GROWTH, COUNT, WARMUP, FLAG
+    enum:
+        ADABELIEF, ADADELTA, ADAGRAD, ADAM, ADAMW, ADAMW_SCHEDULE_FREE, ADAMAX, ADAN, ADEMAMIX, ADOPT, ASGD, FTRL, LAMB
+        LARS, LION, NADAM, PRODIGY, RADAM, RMSPROP, RPROP, SGD, SGD_SCHEDULE_FREE, RULES
+    ctypedef struct Entry:
+        pyopt_rule rule
+        const char *kernel
+        const char *summing
+    const Entry catalogue[]
+
+cdef extern from *:
+    """
+    #include <float.h>
+    #define MOST_STEPS ((int64_t)1 << 52)     /* as in checks.py */
+    #define MOST_ELEMENTS ((int64_t)1 << 56)  /* so that no sum of costs overflows */
+    """
+    const double FLT_MAX
+    const double FLT_TRUE_MIN
+    const int64_t MOST_STEPS, MOST_ELEMENTS
+
+cdef enum:
+    CHUNK = 16384  # elements' cost of a chunk: long against its start, short against what threads must share
+
+
+cdef struct Slot:  # what a plan knows of the rows of one slot
+    int rule
+    Py_ssize_t rows
+    bint has_float32
+    bint present[STATES]  # whether all rows have this state
+    Py_ssize_t lacking[STATES]  # the first row that has not
+
+
+cdef struct Plan:
+    Work *work
+    int32_t *slot_of  # each row's
+    Py_ssize_t count
+    Slot *slots
+    Py_ssize_t n_slots
+    Numbers *numbers  # of the slots, then those of each row, where there are sums
+    Numbers *prepared
+    double *sums
+    int64_t cost
+    bint prepares_sums  # there is memory for them
+    bint has_sums  # this step
+
+
+cdef struct Interval:  # of memory that a step writes or reads
+    char *begin
+    char *end
+    Py_ssize_t row
+    int stream  # 0 the parameter, 1 the gradient, then the states
+
+
+cdef Kernel kernels[RULES][2]  # the second for options that need sums
+
+
+# --- the query --------------------------------------------------------------------------------------------------------
+
+cdef bint is_rule(int rule) noexcept nogil:
+    return 0 <= rule < RULES
+
+
+cdef int count_rules() noexcept nogil:
+    return RULES
+
+
+cdef const pyopt_rule *rule_at(int rule) noexcept nogil:
+    return &catalogue[rule].rule if is_rule(rule) else NULL
+
+
+cdef int find_rule(const char *name) noexcept nogil:
+    cdef int i
+    for i in range(RULES):
+        if name != NULL and strcmp(name, catalogue[i].rule.name) == 0:
+            return i
+    return -1
+
+
+cdef int find_option(int rule, const char *name) noexcept nogil:
+    cdef int i
+    if is_rule(rule) and name != NULL:
+        for i in range(catalogue[rule].rule.n_options):
+            if strcmp(name, catalogue[rule].rule.options[i].name) == 0:
+                return i
+    return -1
+
+
+cdef void fill_defaults(int rule, double *options) noexcept nogil:
+    cdef int i
+    if is_rule(rule):
+        for i in range(catalogue[rule].rule.n_options):
+            options[i] = catalogue[rule].rule.options[i].usual
+
+
+cdef double initial_state(int rule, int state, const double *options) noexcept nogil:
+    if not is_rule(rule) or not 0 <= state < catalogue[rule].rule.n_states:
+        return 0
+    cdef int source = catalogue[rule].rule.states[state].initial
+    return options[source] if source >= 0 else 0
+
+
+cdef void fill_kept(int rule, const double *options, double *kept) noexcept nogil:
+    cdef int i
+    cdef const pyopt_kept *number
+    if is_rule(rule):
+        for i in range(catalogue[rule].rule.n_kept):
+            number = &catalogue[rule].rule.kept[i]
+            kept[i] = options[number.initial] if number.initial >= 0 else number.value
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+cdef const char *stream_name(int rule, int stream) noexcept nogil:
+    if stream == 0:
+        return "parameter"
+    if stream == 1:
+        return "gradient"
+    return catalogue[rule].rule.states[stream - 2].name
+
+
+cdef const pyopt_stream *stream_at(const pyopt_row *row, int stream) noexcept nogil:
+    if stream == 0:
+        return &row.parameter
+    return &row.gradient if stream == 1 else &row.state[stream - 2]
+
+
+cdef const pyopt_row *row_at(const pyopt_row *rows, size_t k) noexcept nogil:
+    """A row, in the caller's stride: its struct may be longer than ours."""
+    return <const pyopt_row *>(<const char *>rows + k * rows.size)
+
+
+cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **plan, char *message,
+                size_t size) noexcept nogil:
+    cdef Plan *made
+    cdef Py_ssize_t n_slots = 0, k
+    cdef int status
+    if plan == NULL or (rows == NULL and count > 0):
+        snprintf(message, size, "rows or plan is NULL, must be an address")
+        return PYOPT_INVALID
+    for k in range(<Py_ssize_t>count):
+        status = check_row(rows, k, message, size)
+        if status != PYOPT_OK:
+            return status
+        n_slots = max(n_slots, <Py_ssize_t>row_at(rows, k).slot + 1)
+    if n_slots > <Py_ssize_t>count:
+        snprintf(message, size, "slot == %zd of a row, must be below the number of rows, %zu", n_slots - 1, count)
+        return PYOPT_INVALID
+    made = <Plan *>calloc(1, sizeof(Plan))
+    if made == NULL:
+        return no_memory(message, size)
+    made.count, made.n_slots = count, n_slots
+    made.work = <Work *>calloc(count + 1, sizeof(Work))
+    made.slot_of = <int32_t *>calloc(count + 1, sizeof(int32_t))
+    made.slots = <Slot *>calloc(n_slots + 1, sizeof(Slot))
+    made.numbers = <Numbers *>calloc(n_slots + 1, sizeof(Numbers))
+    made.prepared = <Numbers *>calloc(n_slots + 1, sizeof(Numbers))
+    if (made.work == NULL or made.slot_of == NULL or made.slots == NULL or made.numbers == NULL
+            or made.prepared == NULL):
+        status = no_memory(message, size)
+    else:
+        status = fill_plan(made, rows, message, size)
+        if status == PYOPT_OK and not flags & PYOPT_UNCHECKED:
+            status = check_overlaps(made, message, size)
+    if status != PYOPT_OK:
+        destroy(<pyopt_plan *>made)
+        return status
+    plan[0] = <pyopt_plan *>made
+    return PYOPT_OK
+
+
+cdef int no_memory(char *message, size_t size) noexcept nogil:
+    snprintf(message, size, "no memory for a plan")
+    return PYOPT_NO_MEMORY
+
+
+cdef int check_row(const pyopt_row *rows, Py_ssize_t k, char *message, size_t size) noexcept nogil:
+    cdef const pyopt_row *row = row_at(rows, k)
+    cdef const pyopt_stream *stream
+    cdef int j, n_streams, width
+    if row.size != rows.size or row.size < sizeof(pyopt_row):
+        snprintf(message, size, "row %zd: size == %zu, must be sizeof(pyopt_row), %zu", k, row.size, sizeof(pyopt_row))
+        return PYOPT_INVALID
+    if not is_rule(row.rule):
+        snprintf(message, size, "row %zd: rule == %d, must be one that find_rule returned", k, <int>row.rule)
+        return PYOPT_INVALID
+    if row.slot < 0:
+        snprintf(message, size, "row %zd: slot == %d, must be >= 0", k, <int>row.slot)
+        return PYOPT_INVALID
+    if not 0 <= row.n < MOST_ELEMENTS:
+        snprintf(message, size, "row %zd: n == %lld, must be >= 0 and < 2**56", k, <long long>row.n)
+        return PYOPT_INVALID
+    if row.parameter.dtype != PYOPT_FLOAT32 and row.parameter.dtype != PYOPT_FLOAT64:
+        snprintf(message, size, "row %zd: dtype == %d of its parameter, must be PYOPT_FLOAT32 or PYOPT_FLOAT64", k,
+                 <int>row.parameter.dtype)
+        return PYOPT_INVALID
+    n_streams = 2 + catalogue[row.rule].rule.n_states
+    width = 8 if row.parameter.dtype == PYOPT_FLOAT64 else 4
+    for j in range(2 + STATES):
+        stream = stream_at(row, j)
+        if j >= n_streams:
+            if stream.data != NULL:
+                snprintf(message, size, "row %zd: it has state %d, but %s has %d", k, j - 2,
+                         catalogue[row.rule].rule.name, n_streams - 2)
+                return PYOPT_INVALID
+            continue
+        if stream.data == NULL:
+            if j < 2 and row.n > 0:
+                snprintf(message, size, "row %zd: its %s is NULL, must be an address", k, stream_name(row.rule, j))
+                return PYOPT_INVALID
+            continue
+        if stream.dtype != row.parameter.dtype:
+            snprintf(message, size, "row %zd: dtype == %d of its %s, must be that of the parameter, %d", k,
+                     <int>stream.dtype, stream_name(row.rule, j), <int>row.parameter.dtype)
+            return PYOPT_INVALID
+        if <size_t>stream.data % width != 0:
+            snprintf(message, size, "row %zd: its %s is at %p, must be aligned to %d bytes", k,
+                     stream_name(row.rule, j), stream.data, width)
+            return PYOPT_INVALID
+    return PYOPT_OK
+
+
+cdef int fill_plan(Plan *plan, const pyopt_row *rows, char *message, size_t size) noexcept nogil:
+    cdef Py_ssize_t k
+    cdef const pyopt_row *row
+    cdef Work *w
+    cdef Slot *slot
+    cdef int j
+    cdef bint is_missing
+    for k in range(plan.count):
+        row, w = row_at(rows, k), &plan.work[k]
+        slot = &plan.slots[row.slot]
+        w.start, w.size, w.slot, w.row = plan.cost, row.n, row.slot, k
+        plan.slot_of[k] = row.slot
+        w.is_double = row.parameter.dtype == PYOPT_FLOAT64
+        for j in range(2 + catalogue[row.rule].rule.n_states):
+            w.stream[j] = stream_at(row, j).data
+        plan.cost += row.n + ROW_COST
+        if slot.rows == 0:
+            slot.rule = row.rule
+            for j in range(STATES):
+                slot.present[j] = True
+        elif slot.rule != row.rule:
+            snprintf(message, size, "row %zd: its rule is %s, must be %s, as of the rows before it in slot %d", k,
+                     catalogue[row.rule].rule.name, catalogue[slot.rule].rule.name, <int>row.slot)
+            return PYOPT_INVALID
+        for j in range(STATES):
+            is_missing = row.n > 0 and w.stream[2 + j] == NULL
+            if is_missing and slot.present[j]:
+                slot.present[j], slot.lacking[j] = False, k
+        slot.rows += 1
+        slot.has_float32 |= not w.is_double
+    return PYOPT_OK
+
+
+cdef int check_overlaps(const Plan *plan, char *message, size_t size) noexcept nogil:
+    """Nothing that a step writes may be written twice, or be read as a gradient; gradients may be shared."""
+    cdef Py_ssize_t n = 0, k, width
+    cdef int j
+    cdef bint ascends = True
+    cdef Interval *found = <Interval *>malloc((plan.count * (2 + STATES) + 1) * sizeof(Interval))
+    cdef const Interval *written = NULL  # that reaches furthest, of those before
+    cdef const Interval *reading = NULL
+    cdef const Interval *other = NULL
+    cdef const Work *w
+    if found == NULL:
+        return no_memory(message, size)
+    for k in range(plan.count):
+        w = &plan.work[k]
+        width = 8 if w.is_double else 4
+        for j in range(2 + STATES):
+            if w.stream[j] == NULL or w.size == 0:
+                continue
+            found[n].begin, found[n].row, found[n].stream = <char *>w.stream[j], k, j
+            found[n].end = found[n].begin + w.size * width
+            ascends = ascends and (n == 0 or found[n].begin >= found[n - 1].begin)
+            n += 1
+    if not ascends:
+        qsort(found, n, sizeof(Interval), by_address)
+    for k in range(n):
+        # In the order of addresses: with what is written before, and where this is, with what is read before.
+        if written != NULL and found[k].begin < written.end:
+            other = written
+        elif found[k].stream != 1 and reading != NULL and found[k].begin < reading.end:
+            other = reading
+        else:
+            if found[k].stream == 1:
+                if reading == NULL or found[k].end > reading.end:
+                    reading = &found[k]
+            elif written == NULL or found[k].end > written.end:
+                written = &found[k]
+            continue
+        snprintf(message, size, "row %zd: its %s overlaps the %s of row %zd, must have memory of its own",
+                 found[k].row, stream_name(plan.slots[plan.work[found[k].row].slot].rule, found[k].stream),
+                 stream_name(plan.slots[plan.work[other.row].slot].rule, other.stream), other.row)
+        free(found)
+        return PYOPT_INVALID
+    free(found)
+    return PYOPT_OK
+
+
+cdef int by_address(const void *a, const void *b) noexcept nogil:
+    cdef const char *x = (<const Interval *>a).begin
+    cdef const char *y = (<const Interval *>b).begin
+    return (x > y) - (x < y)
+
+
+cdef void destroy(pyopt_plan *handle) noexcept nogil:
+    cdef Plan *plan = <Plan *>handle
+    if plan != NULL:
+        free(plan.work)
+        free(plan.slot_of)
+        free(plan.slots)
+        free(plan.numbers)
+        free(plan.prepared)
+        free(plan.sums)
+        free(plan)
+
+
+# --- the options of a step --------------------------------------------------------------------------------------------
+
+cdef const pyopt_slot *slot_at(const pyopt_slot *slots, Py_ssize_t i) noexcept nogil:
+    return <const pyopt_slot *>(<const char *>slots + i * slots.size)
+
+
+cdef const char *unmet(int check, double x) noexcept nogil:
+    """What an option must be, where it is not; else NULL."""
+    if (check == WARMUP or check == BETA_OR_NONE) and isnan(x):
+        return NULL
+    if check == FLAG:
+        return unless(x == 0 or x == 1, "0 or 1")
+    if not isfinite(x):
+        return "finite"
+    if check == NON_NEGATIVE:
+        return unless(x >= 0, ">= 0")
+    if check == POSITIVE or check == WARMUP:
+        return unless(x > 0, "> 0")
+    if check == BETA or check == BETA_OR_NONE:
+        return unless(0 <= x < 1, ">= 0 and < 1")
+    if check == FRACTION:
+        return unless(0 <= x <= 1, ">= 0 and <= 1")
+    if check == INNER:
+        return unless(0 < x < 1, "> 0 and < 1")
+    if check == GROWTH:
+        return unless(x > 1, "> 1")
+    if check == COUNT:
+        return unless(0 <= x <= MOST_STEPS and floor(x) == x, "an integer from 0 to 2**52")
+    return NULL
+
+
+cdef const char *unless(bint holds, const char *must) noexcept nogil:
+    if holds:
+        return NULL
+    return must
+
+
+cdef int check_slot(const Plan *plan, Py_ssize_t i, const pyopt_slot *given, char *message, size_t size) noexcept nogil:
+    cdef const Slot *slot = &plan.slots[i]
+    cdef const pyopt_rule *rule = &catalogue[slot.rule].rule
+    cdef const double *o = given.options
+    cdef const char *must
+    cdef int j, needed_by
+    if given.size < sizeof(pyopt_slot):
+        snprintf(message, size, "slot %zd: size == %zu, must be sizeof(pyopt_slot), %zu", i, given.size,
+                 sizeof(pyopt_slot))
+        return PYOPT_INVALID
+    if not 1 <= given.step <= MOST_STEPS:
+        snprintf(message, size, "slot %zd: step == %lld, must be >= 1 and <= 2**52", i, <long long>given.step)
+        return PYOPT_INVALID
+    if not isfinite(given.gradient_factor):
+        snprintf(message, size, "slot %zd: gradient_factor == %g, must be finite", i, given.gradient_factor)
+        return PYOPT_INVALID
+    if o == NULL or (rule.n_kept > 0 and given.kept == NULL):
+        snprintf(message, size, "slot %zd: its %s is NULL, must be an address", i,
+                 <const char *>("options" if o == NULL else "kept"))
+        return PYOPT_INVALID
+    for j in range(rule.n_options):
+        must = unmet(rule.options[j].check, o[j])
+        if must == NULL and slot.has_float32 and o[j] != 0 and not isnan(o[j]) and not (
+                FLT_TRUE_MIN / 2 < fabs(o[j]) <= FLT_MAX):
+            must = "a number of float32: at most 3.4e38, if not 0 at least 1.4e-45"
+        if must != NULL:
+            snprintf(message, size, "slot %zd: %s == %.17g, must be %s", i, rule.options[j].name, o[j], must)
+            return PYOPT_INVALID
+    if slot.rule == RPROP and o[4] < o[3]:
+        snprintf(message, size, "slot %zd: step_sizes[1] == %g, must be >= step_sizes[0], %g", i, o[4], o[3])
+        return PYOPT_INVALID
+    if slot.rule == SGD and o[4] != 0 and (o[1] == 0 or o[2] != 0):
+        snprintf(message, size, "slot %zd: nesterov == 1 with momentum == %g and dampening == %g, must have "
+                 "momentum > 0 and dampening == 0", i, o[1], o[2])
+        return PYOPT_INVALID
+    for j in range(rule.n_states):
+        needed_by = rule.states[j].needed_by
+        if not slot.present[j] and (needed_by < 0 or o[needed_by] != 0):
+            snprintf(message, size, "row %zd: its %s is NULL, must be an address: %s needs it", slot.lacking[j],
+                     rule.states[j].name, rule.name if needed_by < 0 else rule.options[needed_by].name)
+            return PYOPT_INVALID
+    return PYOPT_OK
+
+
+cdef bint needs_sums(int rule, const double *o) noexcept nogil:
+    if rule == ADAM or rule == ADAMW:
+        return o[7] != 0 or o[8] != 0
+    return rule == LAMB or rule == LARS or rule == PRODIGY
+
+
+cdef void make_numbers(int rule, const pyopt_slot *given, double *kept, double *h) noexcept nogil:
+    """The numbers of a rule, of its options, the count of the step, and what it keeps, which moves on."""
+    cdef const double *o = given.options
+    cdef double t = <double>given.step
+    if rule == ADABELIEF:
+        numbers.adabelief(<const numbers.AdaBelief *>o, t, <rules.AdaBelief *>h)
+    elif rule == ADADELTA:
+        numbers.adadelta(<const numbers.Adadelta *>o, t, <rules.Adadelta *>h)
+    elif rule == ADAGRAD:
+        numbers.adagrad(<const numbers.Adagrad *>o, t, <rules.Adagrad *>h)
+    elif (rule == ADAM or rule == ADAMW) and needs_sums(rule, o):
+        numbers.adam_scaled(<const numbers.Adam *>o, t, 1 if rule == ADAMW else o[9], <rules.AdamScaled *>h)
+    elif rule == ADAM or rule == ADAMW:
+        numbers.adam(<const numbers.Adam *>o, t, 1 if rule == ADAMW else o[9], <rules.Adam *>h)
+    elif rule == ADAMW_SCHEDULE_FREE:
+        numbers.adamw_schedule_free(<const numbers.AdamWScheduleFree *>o, t, <numbers.ScheduleFreeKept *>kept,
+                                    <rules.AdamWScheduleFree *>h)
+    elif rule == ADAMAX:
+        numbers.adamax(<const numbers.Adamax *>o, t, <rules.Adamax *>h)
+    elif rule == ADAN:
+        numbers.adan(<const numbers.Adan *>o, t, <rules.Adan *>h)
+    elif rule == ADEMAMIX:
+        numbers.ademamix(<const numbers.AdEMAMix *>o, t, <rules.AdEMAMix *>h)
+    elif rule == ADOPT:
+        numbers.adopt(<const numbers.ADOPT *>o, t, <rules.ADOPT *>h)
+    elif rule == ASGD:
+        numbers.asgd(<const numbers.ASGD *>o, t, <numbers.ASGDKept *>kept, <rules.ASGD *>h)
+    elif rule == FTRL:
+        numbers.ftrl(<const numbers.FTRL *>o, t, <rules.FTRL *>h)
+    elif rule == LAMB:
+        numbers.lamb(<const numbers.LAMB *>o, t, <rules.LAMB *>h)
+    elif rule == LARS:
+        numbers.lars(<const numbers.LARS *>o, t, <rules.LARS *>h)
+    elif rule == LION:
+        numbers.lion(<const numbers.Lion *>o, t, <rules.Lion *>h)
+    elif rule == NADAM:
+        numbers.nadam(<const numbers.NAdam *>o, t, <numbers.NAdamKept *>kept, <rules.NAdam *>h)
+    elif rule == PRODIGY:
+        numbers.prodigy(<const numbers.Prodigy *>o, t, <const numbers.ProdigyKept *>kept, <rules.Prodigy *>h)
+    elif rule == RADAM:
+        numbers.radam(<const numbers.RAdam *>o, t, <rules.RAdam *>h)
+    elif rule == RMSPROP:
+        numbers.rmsprop(<const numbers.RMSprop *>o, t, <rules.RMSprop *>h)
+    elif rule == RPROP:
+        numbers.rprop(<const numbers.Rprop *>o, t, <rules.Rprop *>h)
+    elif rule == SGD:
+        numbers.sgd(<const numbers.SGD *>o, t, <rules.SGD *>h)
+    elif rule == SGD_SCHEDULE_FREE:
+        numbers.sgd_schedule_free(<const numbers.SGDScheduleFree *>o, t, <numbers.ScheduleFreeKept *>kept,
+                                  <rules.SGDScheduleFree *>h)
+    h[0] *= given.gradient_factor  # a plain double: a member of Numbers could not be the same for the compiler
+
+
+cdef int check_numbers(const Plan *plan, Py_ssize_t i, const double *h, char *message, size_t size) noexcept nogil:
+    """What is computed must be finite too, and be in float32 where it becomes that; flags read as tiny doubles."""
+    cdef bint shared = plan.slots[i].rule == PRODIGY  # d and its numerator stay double
+    cdef int j
+    for j in range(SCALARS):
+        if not isfinite(h[j]) or (plan.slots[i].has_float32 and fabs(h[j]) > FLT_MAX and not (shared and 1 <= j <= 2)):
+            snprintf(message, size, "slot %zd: number %d of its rule is %g in this step, must be finite and, for "
+                     "float32, at most 3.4e38", i, j, h[j])
+            return PYOPT_INVALID
+    return PYOPT_OK
+
+
+cdef int prepare(pyopt_plan *handle, const pyopt_slot *slots, size_t count, char *message, size_t size) noexcept nogil:
+    cdef Plan *plan = <Plan *>handle
+    cdef const pyopt_slot *given
+    cdef Numbers *n
+    cdef double kept[PYOPT_MOST_KEPT]
+    cdef Py_ssize_t i, k, first_joint = -1
+    cdef bint has_sums = False
+    cdef int status, rule
+    if <Py_ssize_t>count < plan.n_slots or (slots == NULL and count > 0):
+        snprintf(message, size, "count == %zu slots, must be %zd: the rows have slots up to %zd", count, plan.n_slots,
+                 plan.n_slots - 1)
+        return PYOPT_INVALID
+    for i in range(plan.n_slots):
+        if plan.slots[i].rows == 0:
+            continue
+        given, n, rule = slot_at(slots, i), &plan.prepared[i], plan.slots[i].rule
+        status = check_slot(plan, i, given, message, size)
+        if status != PYOPT_OK:
+            return status
+        if catalogue[rule].rule.n_kept > 0:
+            memcpy(kept, given.kept, catalogue[rule].rule.n_kept * sizeof(double))
+        memset(n, 0, sizeof(Numbers))
+        make_numbers(rule, given, kept, n.value)
+        n.kernel = &kernels[rule][1 if needs_sums(rule, given.options) and catalogue[rule].summing != NULL else 0]
+        has_sums = has_sums or n.kernel.finish != NULL
+        status = check_numbers(plan, i, n.value, message, size)
+        if status != PYOPT_OK:
+            return status
+        if rule == PRODIGY:
+            if first_joint < 0:
+                first_joint = i
+            status = check_joint(plan, slots, first_joint, i, message, size)
+            if status != PYOPT_OK:
+                return status
+    if has_sums and not plan.prepares_sums:
+        status = reserve_sums(plan, message, size)
+        if status != PYOPT_OK:
+            return status
+    # From here on nothing can fail.
+    memcpy(plan.numbers, plan.prepared, plan.n_slots * sizeof(Numbers))
+    for i in range(plan.n_slots):
+        rule = plan.slots[i].rule
+        if plan.slots[i].rows > 0 and catalogue[rule].rule.n_kept > 0 and rule != PRODIGY:
+            given = slot_at(slots, i)
+            make_numbers(rule, given, given.kept, plan.prepared[i].value)
+    if has_sums or plan.has_sums:
+        for k in range(plan.count):
+            assign_numbers(plan, k)
+    plan.has_sums = has_sums
+    return PYOPT_OK
+
+
+cdef int check_joint(const Plan *plan, const pyopt_slot *slots, Py_ssize_t first, Py_ssize_t i, char *message,
+                     size_t size) noexcept nogil:
+    """What is made of joint sums must be the same in all slots."""
+    cdef const rules.Prodigy *a = <const rules.Prodigy *>plan.prepared[first].value
+    cdef const rules.Prodigy *b = <const rules.Prodigy *>plan.prepared[i].value
+    cdef const char *name = NULL
+    if slot_at(slots, first).options[9] != slot_at(slots, i).options[9]:
+        name = "d0"
+    elif a.d != b.d or a.d_numerator != b.d_numerator:
+        name = "kept"
+    elif a.beta3 != b.beta3:
+        name = "beta3"
+    elif a.d_coef != b.d_coef:
+        name = "d_coef"
+    if name != NULL:
+        snprintf(message, size, "slot %zd: its %s must be as in slot %zd: Prodigy has one d", i, name, first)
+        return PYOPT_INVALID
+    return PYOPT_OK
+
+
+cdef int reserve_sums(Plan *plan, char *message, size_t size) noexcept nogil:
+    """Memory for the sums of blocks, and for numbers of each row."""
+    cdef Numbers *longer = <Numbers *>calloc(plan.n_slots + plan.count + 1, sizeof(Numbers))
+    cdef double *sums = <double *>calloc(number_blocks(plan.work, plan.count) * SUMS + 1, sizeof(double))
+    if longer == NULL or sums == NULL:
+        free(longer)
+        free(sums)
+        return no_memory(message, size)
+    free(plan.numbers)
+    plan.numbers, plan.sums, plan.prepares_sums = longer, sums, True
+    return PYOPT_OK
+
+
+cdef void assign_numbers(Plan *plan, Py_ssize_t k) noexcept nogil:
+    """A row whose rule needs sums makes numbers of its own; the others have those of their slot."""
+    cdef Work *w = &plan.work[k]
+    cdef Py_ssize_t slot = plan.slot_of[k]
+    w.slot = slot
+    if plan.numbers[slot].kernel.finish != NULL:
+        w.slot = plan.n_slots + k
+        plan.numbers[w.slot] = plan.numbers[slot]
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+cdef Pass pass_over(const Plan *plan, bint sums) noexcept nogil:
+    cdef Pass a
+    memset(&a, 0, sizeof(Pass))
+    a.work, a.count, a.numbers, a.cost, a.parts = plan.work, plan.count, plan.numbers, plan.cost, 1
+    a.sums = plan.sums if sums else NULL
+    return a
+
+
+cdef void run_chunks(const Pass *a, int64_t first, int64_t last) noexcept nogil:
+    cdef int64_t begin = max(first, 0), end = min(last, (a.cost + CHUNK - 1) // CHUNK)
+    if begin < end:
+        run_in_mode(a, begin * CHUNK, min(end * CHUNK, a.cost))
+
+
+cdef int64_t chunks(const pyopt_plan *plan) noexcept nogil:
+    return ((<const Plan *>plan).cost + CHUNK - 1) // CHUNK
+
+
+cdef int has_sums(const pyopt_plan *plan) noexcept nogil:
+    return (<const Plan *>plan).has_sums
+
+
+cdef void sum_chunks(pyopt_plan *plan, int64_t first, int64_t last) noexcept nogil:
+    cdef Pass a
+    if (<Plan *>plan).has_sums:
+        a = pass_over(<Plan *>plan, True)
+        run_chunks(&a, first, last)
+
+
+cdef void combine(pyopt_plan *handle, const pyopt_slot *slots) noexcept nogil:
+    cdef Plan *plan = <Plan *>handle
+    cdef const Work *w
+    cdef const Numbers *n
+    cdef Pass a
+    cdef Py_ssize_t k
+    if not plan.has_sums:
+        return
+    a = pass_over(plan, True)
+    finish(&a, plan.numbers)
+    for k in range(plan.count):
+        w = &plan.work[k]
+        n = &plan.numbers[w.slot]
+        if n.kernel.joint:  # of Prodigy
+            memcpy(slot_at(slots, plan.slot_of[k]).kept, &n.value[1], 2 * sizeof(double))
+
+
+cdef void run_all(pyopt_plan *plan, int64_t first, int64_t last) noexcept nogil:
+    cdef Pass a = pass_over(<Plan *>plan, False)
+    run_chunks(&a, first, last)
+
+
+cdef int step(pyopt_plan *handle, const pyopt_slot *slots, size_t count, int threads, char *message,
+              size_t size) noexcept nogil:
+    cdef Plan *plan = <Plan *>handle
+    cdef Pass a
+    cdef int status
+    if threads < 1:
+        snprintf(message, size, "threads == %d, must be >= 1", threads)
+        return PYOPT_INVALID
+    status = prepare(handle, slots, count, message, size)
+    if status != PYOPT_OK:
+        return status
+    a = pass_over(plan, plan.has_sums)
+    a.parts = threads_of(threads, plan.cost)
+    if plan.has_sums:
+        sweep_on(&a)
+        combine(handle, slots)
+        a.sums = NULL
+    sweep_on(&a)
+    return PYOPT_OK
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+cdef pyopt_functions table
+
+ctypedef bint (*Find)(const char *name, Kernel *found) noexcept nogil
+
+
+cdef const pyopt_functions *fill_table() noexcept nogil:
+    table.size = sizeof(pyopt_functions)
+    table.major, table.minor = PYOPT_MAJOR, PYOPT_MINOR
+    table.count_rules, table.rule, table.find_rule, table.find_option = count_rules, rule_at, find_rule, find_option
+    table.fill_defaults, table.initial_state, table.fill_kept = fill_defaults, initial_state, fill_kept
+    table.create, table.destroy, table.step = create, destroy, step
+    table.prepare, table.chunks, table.has_sums = prepare, chunks, has_sums
+    table.sum, table.combine, table.run = sum_chunks, combine, run_all
+    return &table
+
+
+cdef bint find_kernels(Find find) noexcept nogil:
+    """Fill the table of kernels; whether there are all of them."""
+    cdef int i
+    for i in range(RULES):
+        if not find(catalogue[i].kernel, &kernels[i][0]):
+            return False
+        if catalogue[i].summing != NULL and not find(catalogue[i].summing, &kernels[i][1]):
+            return False
+    return True
+
+
+# --- with Python ------------------------------------------------------------------------------------------------------
+
+from cpython.pycapsule cimport PyCapsule_New
+
+from pathlib import Path
+
+from pyopt._isa import kernels as level
+
+
+cdef bint find_in_level(const char *name, Kernel *found) noexcept nogil:
+    with gil:
+        found[0] = (<Rule>getattr(level, name.decode())).kernel
+    return True
+
+
+find_kernels(find_in_level)
+c_api_v1 = PyCapsule_New(<void *>fill_table(), PYOPT_CAPSULE, NULL)
+
+
+def get_include():
+    """The directory of pyopt.h, the header of the C functions, for a C or C++ compiler.
+
+    Example:
+        >>> import os, pyopt
+        >>> os.path.exists(os.path.join(pyopt.get_include(), "pyopt.h"))
+        True
+    """
+    return str(Path(__file__).parent / "include")
