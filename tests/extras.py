@@ -10,7 +10,7 @@ import pytest
 
 import pyopt
 import reference
-from catalogue import TABLE, bits, params_of, random, values
+from all_optimizers import TABLE, bits, params_of, random, values
 
 MATRICES = [(pyopt.Adafactor, {}), (pyopt.Muon, {"lr": 0.1}), (pyopt.MuonAdamW, {})]
 SUMMING = [(pyopt.LAMB, {"lr": 0.1}), (pyopt.LARS, {"lr": 0.1}), (pyopt.Prodigy, {"d0": 1e-2})]

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 
-from catalogue import BROADCAST, CLASSES, DENSE, LAYOUTS, ONE, TYPES, Own, bits, make, params_of, random, values
+from all_optimizers import BROADCAST, CLASSES, DENSE, LAYOUTS, ONE, TYPES, Own, bits, make, params_of, random, values
 from pyopt import Adam, Parameter
 
 SHAPES = [(33, 70), (2, 3, 4), (7,), (1,), (), (0,), (3, 0, 2), (1, 1, 5), (600, 40)]

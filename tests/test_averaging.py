@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import pyopt
-from catalogue import TYPES, Own, bits, params_of, random
+from all_optimizers import TYPES, Own, bits, params_of, random
 from extras import (
     Beside,
     alike,

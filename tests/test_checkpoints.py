@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from catalogue import CLASSES, Own, bits, go_on, make, params_of, random, values
+from all_optimizers import CLASSES, Own, bits, go_on, make, params_of, random, values
 from pyopt import SGD, Adagrad, Adam, AdamW, Lion, Parameter, RMSprop
 
 COUNTING = pytest.mark.parametrize("cls", [Adam, AdamW, RMSprop, Adagrad])

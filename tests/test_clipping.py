@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyopt
-from catalogue import BROADCAST, LAYOUTS, TYPES, bits, random
+from all_optimizers import BROADCAST, LAYOUTS, TYPES, bits, random
 from extras import BAD, clip_factor, exact_norm, raises_and_changes_nothing, scaled
 from pyopt._isa import supported_levels
 from test_engine import everything_shared

@@ -26,8 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyopt
+from all_optimizers import CASES, TYPES, Own, bits, go_on, make, params_of, random, values
 from apart import apart
-from catalogue import CASES, TYPES, Own, bits, go_on, make, params_of, random, values
 from pyopt import LBFGS, SGD, Adafactor, Adam, AdamW, Lion, Muon, Parameter, averaging
 from pyopt._xxh64 import xxh64
 from pyopt.files import container, plain

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from catalogue import Own, make, values
+from all_optimizers import Own, make, values
 from pyopt import SGD, Adam
 from pyopt.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 

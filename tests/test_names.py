@@ -5,7 +5,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from catalogue import CASES, bits, make, params_of, random, values
+from all_optimizers import CASES, bits, make, params_of, random, values
 from pyopt import SGD, Adam, Parameter
 
 

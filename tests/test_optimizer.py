@@ -6,7 +6,20 @@ The rules themselves are tested elsewhere: here two ways to the same result are 
 import numpy as np
 import pytest
 
-from catalogue import CASES, CLASSES, GROUP_KEYS, TYPES, WITH_OTHER, Own, bits, go_on, make, params_of, random, values
+from all_optimizers import (
+    CASES,
+    CLASSES,
+    GROUP_KEYS,
+    TYPES,
+    WITH_OTHER,
+    Own,
+    bits,
+    go_on,
+    make,
+    params_of,
+    random,
+    values,
+)
 from pyopt import (
     ADOPT,
     ASGD,

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from catalogue import bits, random
+from all_optimizers import bits, random
 from pyopt import SGD, Parameter
 
 

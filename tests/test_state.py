@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from catalogue import (
+from all_optimizers import (
     CASES,
     CLASSES,
     DENSE,

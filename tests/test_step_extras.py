@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pyopt
-from catalogue import BROADCAST, CLASSES, LAYOUTS, TYPES, Own, bits, params_of, random
+from all_optimizers import BROADCAST, CLASSES, LAYOUTS, TYPES, Own, bits, params_of, random
 from extras import (
     BAD,
     alike,
