@@ -13,6 +13,7 @@ from sklearn.neural_network._stochastic_optimizers import SGDOptimizer
 
 import pyopt
 from pyopt.optimizer import Group, Optimizer
+from pyopt.optimizers.schedule_free import TrainEval
 from pyopt.parameter import Parameter
 
 Arrays = list[np.ndarray[Any, Any]]
@@ -60,7 +61,7 @@ class _Solver(SGDOptimizer):
 
     def train(self, mode: bool) -> None:
         """Schedule-free optimizers: put in place what is trained, or the average."""
-        if hasattr(self.optimizer, "eval"):
+        if isinstance(self.optimizer, TrainEval):
             (self.optimizer.train if mode else self.optimizer.eval)()
 
 
@@ -132,7 +133,7 @@ class _Network:
         self._optimizer.train(True)
 
     def _check_solver(self) -> bool:
-        return callable(self.solver) or super()._check_solver()  # type: ignore[misc, no-any-return]
+        return callable(self.solver) or super()._check_solver()  # type: ignore[misc]
 
 
 def _constraints(cls: Any) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 import pytest
 
 
-def need(*packages: str) -> None:
-    """Skip the tests of a module, or fail, where a package is not installed."""
+def need(*packages: str, level: bool = True) -> None:
+    """Skip the tests of a module, or only this one, or fail, where a package is not installed."""
     for package in packages:
         if find_spec(package) is None:
             if os.environ.get("PYOPT_REQUIRE_STACKS") == "1":
                 raise ModuleNotFoundError(f"{package} is not installed; pip install -e '.[stacks-test]'", name=package)
             pytest.skip(
-                f"{package} is not installed; PYOPT_REQUIRE_STACKS=1 makes this an error", allow_module_level=True
+                f"{package} is not installed; PYOPT_REQUIRE_STACKS=1 makes this an error", allow_module_level=level
             )
