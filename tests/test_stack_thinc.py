@@ -11,7 +11,7 @@ import pytest
 
 from stacks import need
 
-need("thinc", "spacy")
+need("thinc")
 
 import thinc.api
 import thinc.optimizers
@@ -282,6 +282,7 @@ def test_config(kind: str) -> None:
 
 def test_spacy_classifier() -> None:
     """A text classifier, trained by spaCy's own loop from a config, with averages and a schedule."""
+    need("spacy", level=False)
     from spacy_classifier import trained
 
     nlp, scores = trained("pyopt.Adam.v1", seed=0, steps=60)
