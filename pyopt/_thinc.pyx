@@ -1,6 +1,6 @@
-# A call of thinc's optimizer: the step of one array, where it is a plain one: C-contiguous arrays of one type, apart from
-# each other. Whatever is not plain, a first call included, is left to the step of an optimizer (pyopt/_step.pyx), which
-# copes with it, or says what is wrong with it. Both have their numbers from here.
+# A call of thinc's optimizer: the step of one array, where it is a plain one: C-contiguous arrays of one type, apart
+# from each other. Whatever is not plain, a first call included, is left to the step of an optimizer (pyopt/_step.pyx),
+# which copes with it, or says what is wrong with it. Both have their numbers from here.
 
 from cpython.dict cimport PyDict_SetItem
 from cpython.object cimport PyObject

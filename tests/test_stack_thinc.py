@@ -97,6 +97,33 @@ def test_clip_is_exact_in_double() -> None:
     np.testing.assert_allclose(w, -0.5, rtol=1e-6)
 
 
+class OfAnotherClass(np.ndarray):
+    """What does not take the shortest way."""
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("L2_is_weight_decay", True)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_ways_have_the_same_bits(kind: str, options: dict[str, Any]) -> None:
+    """The short way of plain arrays, and the step of an optimizer that all others take."""
+    plain, other = made(ours, kind, options), made(ours, kind, options)
+    short = run(plain, 12)
+    long = run(other, 12, params={key: w.view(OfAnotherClass) for key, w in weights().items()})
+    for key in SHAPES:
+        assert short[key].tobytes() == long[key].tobytes()
+        for name in ("averages", "mom1", "mom2"):
+            if getattr(plain, name) and kind != "SGD":
+                assert getattr(plain, name)[key].tobytes() == getattr(other, name)[key].tobytes()
+    assert plain.nr_update == other.nr_update == dict.fromkeys(SHAPES, 12)
+
+
+def test_arrays_that_share_memory() -> None:
+    """A gradient that is the array itself is copied before anything is written."""
+    optimizer, w = ours.SGD(0.5, grad_clip=0.0, use_averages=False), np.ones(4, "f")
+    for expected in (0.5, 0.25, 0.125):
+        optimizer((0, "W"), w, w)
+        assert (w == expected).all()
+
+
 def test_new_arrays_and_types() -> None:
     """thinc may hand over other arrays each time: the state is that of the key; float64 and Fortran order work."""
     one, other = ours.Adam(0.01), ours.Adam(0.01)
