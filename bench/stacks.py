@@ -115,7 +115,7 @@ def spacy(clock: Clock, ours: bool) -> None:
             return call(self.optimizer, *args, **kwargs)
 
     call = clock.around(lambda optimizer, *args, **kwargs: optimizer(*args, **kwargs))
-    trained("pyopt.Adam.v1" if ours else "Adam.v1", 0, 15, "cnn", averages=False, around=Counted)
+    trained("pyopt.Adam.v1" if ours else "Adam.v1", 0, 15, "cnn", averages=False, evaluations=1, around=Counted)
 
 
 def gpt(clock: Clock, ours: bool) -> None:

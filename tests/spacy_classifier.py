@@ -95,9 +95,10 @@ def trained(
     architecture: str = "bow",
     averages: bool = True,
     batch: int = 16,
+    evaluations: int = 10,
     around: Callable[[Any], Any] = lambda optimizer: optimizer,
 ) -> tuple[Any, list[float]]:
-    """The pipeline after so many steps, and its accuracy on other texts, ten times along the way.
+    """The pipeline after so many steps, and its accuracy on other texts, so often along the way.
 
     around: makes what stands for the optimizer in the loop.
     """
@@ -123,8 +124,8 @@ def trained(
 
     scores = []
     loop = train_while_improving(
-        nlp, around(training["optimizer"]), batches(), evaluate, dropout=0.1, eval_frequency=max(steps // 10, 1),
-        accumulate_gradient=1, patience=0, max_steps=steps, exclude=[], annotating_components=[], before_update=None,
+        nlp, around(training["optimizer"]), batches(), evaluate, dropout=0.1,
+        eval_frequency=max(steps // evaluations, 1), accumulate_gradient=1, patience=0, max_steps=steps, exclude=[], annotating_components=[], before_update=None,
     )  # fmt: skip
     for _, info, is_best in loop:
         if is_best is not None:
