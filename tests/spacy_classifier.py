@@ -124,9 +124,19 @@ def trained(
 
     scores = []
     loop = train_while_improving(
-        nlp, around(training["optimizer"]), batches(), evaluate, dropout=0.1,
-        eval_frequency=max(steps // evaluations, 1), accumulate_gradient=1, patience=0, max_steps=steps, exclude=[], annotating_components=[], before_update=None,
-    )  # fmt: skip
+        nlp,
+        around(training["optimizer"]),
+        batches(),
+        evaluate,
+        dropout=0.1,
+        eval_frequency=max(steps // evaluations, 1),
+        accumulate_gradient=1,
+        patience=0,
+        max_steps=steps,
+        exclude=[],
+        annotating_components=[],
+        before_update=None,
+    )
     for _, info, is_best in loop:
         if is_best is not None:
             scores.append(info["score"])
