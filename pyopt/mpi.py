@@ -27,9 +27,9 @@ from mpi4py import MPI
 
 from pyopt import _state_dict
 from pyopt._arrays import ArrayBatch
+from pyopt._asked import asked
 from pyopt._groups import gradients_in_order
 from pyopt._norms import clip_factor, norm_of
-from pyopt._step import asked
 from pyopt.clipping import _gradients
 from pyopt.files import Path, load, save
 from pyopt.optimizer import Optimizer

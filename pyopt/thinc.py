@@ -8,9 +8,8 @@ a step of its own: one sweep that clips, updates, averages and clears one array.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import srsly
@@ -18,7 +17,7 @@ import thinc.optimizers
 from thinc.api import Model
 
 import pyopt
-from pyopt._step import asked
+from pyopt._thinc import KINDS, Hyper, PlainSteps, average_weight, scalars
 from pyopt.averaging import Averaging
 from pyopt.checks import flag, non_negative, number
 from pyopt.optimizer import Group
@@ -30,76 +29,27 @@ FORMAT = 1  # of to_bytes
 CONSTANT = "constant"  # thinc's schedule that is none
 
 
-class Numbers:
-    """The hyper-parameters of a call: what the schedules say now, checked."""
+class _OfThinc:
+    """An optimizer of one array with thinc's numbers."""
 
-    __slots__ = ("asked", "b1", "b2", "eps", "l2", "lr", "values")
-
-    def __init__(self, lr: Any, b1: Any, b2: Any, eps: Any, l2: Any, grad_clip: Any) -> None:
-        for name, value in (("learn_rate", lr), ("eps", eps), ("L2", l2), ("grad_clip", grad_clip)):
-            non_negative(name, value)
-        for name, value in (("beta1", b1), ("beta2", b2)):
-            number(name, value, 0, below=1)
-        self.values = (lr, b1, b2, eps, l2, grad_clip)
-        self.lr, self.b1, self.b2, self.eps, self.l2 = map(float, self.values[:5])
-        self.asked = asked(float(grad_clip) or None, "apply", True, 1.0)
-
-
-class _Adam(pyopt.Adam):
-    """One array. In thinc eps stands beside the root before its bias is corrected, and decay comes after the step."""
-
-    lr: float
-    decay: float
-    now: Numbers
+    kind: ClassVar[int]
+    hyper: Hyper
+    lr_scale: float
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
-        now, decay_factor = self.now, 1 - self.lr * self.decay
-        return {
-            "step_size": self.lr * math.sqrt(1 - now.b2**step) / (1 - now.b1**step) * decay_factor,
-            "weight1": 1 - now.b1,
-            "beta2": now.b2,
-            "weight2": 1 - now.b2,
-            "inverse_sqrt_bias_correction2": 1.0,
-            "eps": now.eps,
-            "weight_decay": 0.0,
-            "decay_factor": decay_factor,
-            "gradient_factor": 1.0,
-            "amsgrad": False,
-        }
+        return scalars(self.kind, self.hyper, self.hyper.lr * self.lr_scale, step)
 
 
-class _RAdam(pyopt.RAdam):
-    """One array. In thinc the step count of the bias corrections is ahead by one."""
-
-    lr: float
-    decay: float
-    now: Numbers
-
-    def scalars(self, group: Group, step: int) -> dict[str, float]:
-        now, decay_factor = self.now, 1 - self.lr * self.decay
-        options = {**group, "lr": self.lr, "betas": (now.b1, now.b2), "eps": now.eps}
-        numbers = super().scalars(options, step + 1)
-        return {**numbers, "step_size": numbers["step_size"] * decay_factor, "decay_factor": decay_factor}
+class _Adam(_OfThinc, pyopt.Adam):
+    kind = KINDS["Adam"]
 
 
-class _SGD(pyopt.SGD):
-    """One array; (1 - lr * decay) * (p - lr * g), as a step of SGD with an L2 penalty."""
+class _RAdam(_OfThinc, pyopt.RAdam):
+    kind = KINDS["RAdam"]
 
-    lr: float
-    decay: float
-    now: Numbers
 
-    def scalars(self, group: Group, step: int) -> dict[str, float]:
-        decay_factor = 1 - self.lr * self.decay
-        return {
-            "lr": self.lr * decay_factor,
-            "momentum": 0.0,
-            "one_minus_dampening": 1.0,
-            "weight_decay": self.decay / decay_factor,
-            "gradient_factor": 1.0,
-            "nesterov": False,
-            "first": False,
-        }
+class _SGD(_OfThinc, pyopt.SGD):
+    kind = KINDS["SGD"]
 
 
 class _Average(Averaging):
@@ -111,18 +61,20 @@ class _Average(Averaging):
         return True
 
     def weight(self, n: int) -> float:
-        return 1 - min((1 + self.t) / (10 + self.t), 0.9999)
+        return average_weight(self.t)
 
 
 class _Slot:
     """What belongs to one key: an optimizer of one array, and its average."""
 
-    __slots__ = ("average", "optimizer", "parameter")
+    __slots__ = ("average", "entry", "optimizer", "parameter", "plain")
 
     def __init__(self, kind: Any, key: Key, weights: Array) -> None:
         self.parameter = Parameter(weights, name=f"{key[1]} of node {key[0]}")
         self.optimizer = kind([self.parameter])
         self.average: _Average | None = None
+        self.plain: PlainSteps | None = None  # once there is a state,
+        self.entry: dict[str, Any] = {}  # this one
 
     def start_average(self) -> _Average:
         """A new average, of zeros."""
@@ -138,7 +90,7 @@ class Optimizer(thinc.optimizers.Optimizer):
     thinc's own step.
     """
 
-    __slots__ = ("_kind", "_numbers", "_slots", "_steps")
+    __slots__ = ("_given", "_hyper", "_kind", "_slots", "_steps")
 
     def __init__(self, kind: Any, learn_rate: Any, **options: Any) -> None:
         super().__init__(learn_rate, **options)
@@ -146,35 +98,31 @@ class Optimizer(thinc.optimizers.Optimizer):
         self._kind = kind
         self._slots: dict[Key, _Slot] = {}
         self._steps = 0
-        self._numbers: Numbers | None = None
-        self._now((0, ""))  # wrong options are told of here
+        self._given: Any = None
+        self._hyper = self._now((0, ""))  # wrong options are told of here
 
     def step_schedules(self) -> None:
         """Go on to the next value of every schedule."""
         super().step_schedules()
         self._steps += 1
 
-    def _now(self, key: Key) -> Numbers:
-        """The hyper-parameters as the schedules have them."""
-        values = (
-            self._value(self.learn_rate, key),
-            self._value(self.b1, key),
-            self._value(self.b2, key),
-            self._value(self.eps, key),
-            self._value(self.L2, key),
-            self._value(self.grad_clip, key),
-        )
-        numbers = self._numbers
-        if numbers is None or numbers.values != values:
-            numbers = self._numbers = Numbers(*values)
-        return numbers
+    def _now(self, key: Key) -> Hyper:
+        """The hyper-parameters as the schedules have them, checked."""
+        given = (self.learn_rate, self.b1, self.b2, self.eps, self.L2, self.grad_clip)
+        if given == self._given:
+            return self._hyper
+        values = tuple(self._value(value, key) for value in given)
+        for name, value in zip(("learn_rate", "beta1", "beta2", "eps", "L2", "grad_clip"), values, strict=True):
+            number(name, value, 0, **({"below": 1} if name.startswith("beta") else {}))
+        lr, b1, b2, eps, l2, grad_clip = map(float, values)
+        self._hyper = Hyper(lr, b1, b2, eps, l2, self.L2_is_weight_decay, grad_clip)
+        self._given = given if not any(map(_changes, given)) else None
+        return self._hyper
 
     def _value(self, value: Any, key: Key) -> Any:
         """A hyper-parameter: in thinc 8 it is a number, in thinc 9 a schedule."""
-        if type(value) is float or not callable(value):
+        if not callable(value):
             return value
-        if getattr(value, "name", None) == CONSTANT:
-            return value.attrs["rate"]
         return value(self.step, key=key, last_score=self.last_score)
 
     def __call__(self, key: Key, weights: Any, gradient: Any, *, lr_scale: float = 1.0) -> tuple[Any, Any]:
@@ -192,20 +140,30 @@ class Optimizer(thinc.optimizers.Optimizer):
         Raises:
             TypeError, ValueError: an array that does not fit, a hyper-parameter out of its bounds. Nothing has changed.
         """
+        slot = self._slots.get(key)
+        if slot is not None and slot.plain is not None:
+            average = None if self.averages is None else self.averages.get(key, False)
+            if average is not False and (slot.average is None) == (average is None):
+                hyper, count = self._now(key), self.nr_update[key] + 1
+                if slot.plain.step(weights, gradient, hyper, lr_scale, count, average, slot.entry, self.nr_update, key):
+                    return weights, gradient
+        return self._any_call(key, slot, weights, gradient, lr_scale)
+
+    def _any_call(self, key: Key, slot: _Slot | None, weights: Any, gradient: Any, lr_scale: float) -> tuple[Any, Any]:
+        """The first call of a key, and those of arrays that are not plain."""
         if not isinstance(weights, np.ndarray):
             return super().__call__(key, weights, gradient, lr_scale=lr_scale)  # type: ignore[no-any-return]
         if len(gradient) < 1:
             return weights, gradient
-        slot = self._slots.get(key) or _Slot(self._kind, key, weights)
-        parameter, optimizer, now = slot.parameter, slot.optimizer, self._now(key)
-        if parameter._data is not weights:
+        non_negative("lr_scale", lr_scale)
+        slot = slot or _Slot(self._kind, key, weights)
+        parameter, optimizer = slot.parameter, slot.optimizer
+        hyper = optimizer.hyper = self._now(key)
+        optimizer.lr_scale = lr_scale
+        if parameter.data is not weights:
             parameter.data = weights
-        optimizer.now = now
-        optimizer.lr = now.lr if lr_scale == 1.0 else now.lr * lr_scale
-        optimizer.decay = now.l2 if self.L2_is_weight_decay else 0.0
-        parameter.grad = gradient
-        if now.l2 and not self.L2_is_weight_decay:
-            parameter.grad = gradient + now.l2 * weights
+        is_penalty = hyper.l2 and not self.L2_is_weight_decay
+        parameter.grad = gradient + weights.dtype.type(hyper.l2) * weights if is_penalty else gradient
         count = self.nr_update.get(key, 0) + 1
         average = slot.average
         if average is not None and (self.averages is None or key not in self.averages):  # it has been taken away
@@ -214,12 +172,12 @@ class Optimizer(thinc.optimizers.Optimizer):
         if self.averages is not None:
             if average is None:
                 average = slot.start_average()
+            average.arrays[parameter] = self.averages.get(key, average.arrays[parameter])
             average.t = count
-        optimizer._move(None, now.asked)
-        if parameter.grad is not gradient:
+        optimizer.step(max_norm=hyper.grad_clip or None, zero_grad=True)
+        if is_penalty:
             gradient.fill(0)
-        if self._slots.get(key) is not slot or (average is not None and average.n_averaged == 1):
-            self._keep(key, slot)
+        self._keep(key, slot)
         self.nr_update[key] = count
         return weights, gradient
 
@@ -228,8 +186,10 @@ class Optimizer(thinc.optimizers.Optimizer):
         self._slots[key] = slot
         if slot.average is not None:
             self.averages[key] = slot.average.arrays[slot.parameter]
+        state = slot.entry = slot.optimizer.state[slot.parameter]
+        slot.plain = PlainSteps(slot.optimizer.kind, state.get("exp_avg"), state.get("exp_avg_sq"))
         for name, where in (("exp_avg", self.mom1), ("exp_avg_sq", self.mom2)):
-            if name in (state := slot.optimizer.state[slot.parameter]):
+            if name in state:
                 where[key] = state[name].reshape(-1, order="A")
 
     # --- bytes --------------------------------------------------------------------------------------------------------
@@ -443,6 +403,11 @@ def _made(
         use_radam=kind is _RAdam,
         L2_is_weight_decay=l2_is_decay,
     )
+
+
+def _changes(value: Any) -> bool:
+    """Whether a hyper-parameter may be another one in the next call: all but numbers and thinc's `constant`."""
+    return callable(value) and getattr(value, "name", None) != CONSTANT
 
 
 def _nodes(models: tuple[Model[Any, Any], ...]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ MODELS = {
         "spacy.TextCatReduce.v1",
         "exclusive_classes = true\nuse_reduce_first = false\nuse_reduce_last = false\nuse_reduce_max = false\n"
         'use_reduce_mean = true\n[components.textcat.model.tok2vec]\n@architectures = "spacy.HashEmbedCNN.v2"\n'
-        "pretrained_vectors = null\nwidth = 32\ndepth = 2\nembed_size = 300\nwindow_size = 1\n"
+        "pretrained_vectors = null\nwidth = 96\ndepth = 4\nembed_size = 2000\nwindow_size = 1\n"
         "maxout_pieces = 3\nsubword_features = true",
     ),
 }
@@ -88,9 +89,19 @@ def reader(seed: int, count: int) -> Any:
 
 
 def trained(
-    optimizer: str, seed: int, steps: int, architecture: str = "bow", averages: bool = True, batch: int = 16
+    optimizer: str,
+    seed: int,
+    steps: int,
+    architecture: str = "bow",
+    averages: bool = True,
+    batch: int = 16,
+    evaluations: int = 10,
+    around: Callable[[Any], Any] = lambda optimizer: optimizer,
 ) -> tuple[Any, list[float]]:
-    """The pipeline after so many steps, and its accuracy on other texts, ten times along the way."""
+    """The pipeline after so many steps, and its accuracy on other texts, so often along the way.
+
+    around: makes what stands for the optimizer in the loop.
+    """
     name, model = MODELS[architecture]
     text = CONFIG.format(architecture=name, model=model, seed=seed, optimizer=optimizer, averages=str(averages).lower())
     fix_random_seed(seed)
@@ -113,9 +124,19 @@ def trained(
 
     scores = []
     loop = train_while_improving(
-        nlp, training["optimizer"], batches(), evaluate, dropout=0.1, eval_frequency=max(steps // 10, 1),
-        accumulate_gradient=1, patience=0, max_steps=steps, exclude=[], annotating_components=[], before_update=None,
-    )  # fmt: skip
+        nlp,
+        around(training["optimizer"]),
+        batches(),
+        evaluate,
+        dropout=0.1,
+        eval_frequency=max(steps // evaluations, 1),
+        accumulate_gradient=1,
+        patience=0,
+        max_steps=steps,
+        exclude=[],
+        annotating_components=[],
+        before_update=None,
+    )
     for _, info, is_best in loop:
         if is_best is not None:
             scores.append(info["score"])

@@ -11,7 +11,7 @@ import pytest
 
 from stacks import need
 
-need("thinc", "spacy")
+need("thinc")
 
 import thinc.api
 import thinc.optimizers
@@ -95,6 +95,33 @@ def test_clip_is_exact_in_double() -> None:
     w, g = np.zeros(4, "f"), np.full(4, 1e30, "f")
     optimizer((0, "W"), w, g)
     np.testing.assert_allclose(w, -0.5, rtol=1e-6)
+
+
+class OfAnotherClass(np.ndarray):
+    """What does not take the shortest way."""
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("L2_is_weight_decay", True)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_ways_have_the_same_bits(kind: str, options: dict[str, Any]) -> None:
+    """The short way of plain arrays, and the step of an optimizer that all others take."""
+    plain, other = made(ours, kind, options), made(ours, kind, options)
+    short = run(plain, 12)
+    long = run(other, 12, params={key: w.view(OfAnotherClass) for key, w in weights().items()})
+    for key in SHAPES:
+        assert short[key].tobytes() == long[key].tobytes()
+        for name in ("averages", "mom1", "mom2"):
+            if getattr(plain, name) and kind != "SGD":
+                assert getattr(plain, name)[key].tobytes() == getattr(other, name)[key].tobytes()
+    assert plain.nr_update == other.nr_update == dict.fromkeys(SHAPES, 12)
+
+
+def test_arrays_that_share_memory() -> None:
+    """A gradient that is the array itself is copied before anything is written."""
+    optimizer, w = ours.SGD(0.5, grad_clip=0.0, use_averages=False), np.ones(4, "f")
+    for expected in (0.5, 0.25, 0.125):
+        optimizer((0, "W"), w, w)
+        assert (w == expected).all()
 
 
 def test_new_arrays_and_types() -> None:
@@ -282,6 +309,7 @@ def test_config(kind: str) -> None:
 
 def test_spacy_classifier() -> None:
     """A text classifier, trained by spaCy's own loop from a config, with averages and a schedule."""
+    need("spacy", level=False)
     from spacy_classifier import trained
 
     nlp, scores = trained("pyopt.Adam.v1", seed=0, steps=60)

@@ -1503,3 +1503,25 @@ def test_step_counts_of_fused_are_float32_whatever_the_default(name: str, dtype:
             )
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_sparse_gradient_of_a_view_behind_the_start_of_its_storage(name: str, shared: bool) -> None:
+    """torch adds it at twice the distance, beyond the end of the memory."""
+    found = []
+    for view in (True, False):
+        memory = new(12, seed=1)
+        p = torch.nn.Parameter(new(12, seed=1)[4:8].clone())
+        if view:
+            p.data = memory[4:8]
+        params = [p, torch.nn.Parameter(memory[:6])] if shared and view else [p]
+        optimizer = getattr(optim, name)(params, lr=0.5)
+        for _ in range(3):
+            p.grad = torch.tensor([-2.0, 0, 0, 1]).to_sparse()
+            optimizer.step()
+        found.append((p.detach().clone(), *(optimizer.state[p][key].clone() for key in optimizer.state[p])))
+        assert same_bits(memory[:4], new(12, seed=1)[:4])
+        assert same_bits(memory[8:], new(12, seed=1)[8:])
+    for a, b in zip(*found, strict=True):
+        assert same_bits(a, b)

@@ -132,7 +132,9 @@ class World:
             g = values(shape, torch.complex64, seed).conj().imag
         elif kind == "sparse":
             g = values(shape, dtype, seed)
-            g = g.to_sparse() if g.dim() else g
+            tensors = [p, *(t for t in self.optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor))]
+            # torch's own step writes beyond the memory where one begins behind the start of its storage.
+            g = g.to_sparse() if g.dim() and not any(t.storage_offset() for t in tensors) else g
         elif kind == "zero":
             g = torch.zeros(shape, dtype=dtype)
         elif kind == "shared":

@@ -24,6 +24,34 @@ def step_by_torch(optimizer: Any, left: list[tuple[int, torch.Tensor]], factor: 
         left: the parameters, each with the index of its group.
         factor: of the gradients.
     """
+    displaced = [t for _, p in left for t in _displaced(optimizer, p)]
+    if displaced and len(left) > 1:  # in turn, for they may share memory
+        for each in left:
+            step_by_torch(optimizer, [each], factor)
+        return
+    places = [(t, t.data) for t in displaced]
+    try:
+        for t, place in places:
+            t.data = place.clone()
+        _step_by_torch(optimizer, left, factor)
+    finally:
+        for t, place in places:
+            place.copy_(t.data)
+            t.data = place
+
+
+def _displaced(optimizer: Any, p: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors to which torch adds a sparse gradient, and which begin behind the start of their storage.
+
+    torch (2.13) counts that distance twice there, and writes where other things lie.
+    """
+    if p.grad is None or p.grad.layout is not torch.sparse_coo:
+        return []
+    tensors = [p, *(value for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor))]
+    return [t for t in tensors if t.layout is torch.strided and t.storage_offset()]
+
+
+def _step_by_torch(optimizer: Any, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
     cls: Any = type(optimizer)
     beside = object.__new__(cls)
     vars(beside).update(vars(optimizer))
