@@ -1505,6 +1505,7 @@ def test_step_counts_of_fused_are_float32_whatever_the_default(name: str, dtype:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_sparse_gradient_of_a_view_behind_the_start_of_its_storage(name: str, shared: bool) -> None:
