@@ -100,11 +100,6 @@ if __name__ == "__main__":
         require_compiler()
     anew = bool(FOR_DEBUGGER or COVERAGE or {"-f", "--force"} & set(sys.argv))
     setup(
-        ext_modules=cythonize(
-            [extension(name) for name in MODULES],
-            compiler_directives=DIRECTIVES,
-            force=anew,
-            emit_linenums=bool(COVERAGE),  # so that the counts are those of the lines of .pyx and .pxd
-        ),
+        ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES, force=anew),
         options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
     )

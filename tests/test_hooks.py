@@ -172,3 +172,10 @@ def test_load_state_dict_hooks():
     opt.load_state_dict(saved)
     assert log == [("pre", 7, 0.1), ("pre", 7, 0.2), (opt, 0.4)]
     assert saved["param_groups"][0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in dir(SGD) if name.startswith("register_")])
+def test_what_is_no_hook(name):
+    opt, _ = make()
+    with pytest.raises(TypeError, match="hook == 3, must be callable"):
+        getattr(opt, name)(3)

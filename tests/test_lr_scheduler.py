@@ -491,6 +491,51 @@ def test_plateau():
         assert (resumed.state_dict(), rates_of(fresh)) == final
 
 
+def test_what_a_plateau_shows():
+    """The cooldown, the lr, and groups that come later; a state without its lr is refused."""
+    optimizer = new_optimizer()
+    scheduler = lrs.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, cooldown=2)
+    seen = []
+    for loss in (1.0, 2.0, 2.0, 2.0, 2.0):
+        scheduler.step(loss)
+        seen.append((scheduler.in_cooldown, scheduler.get_last_lr()[0]))
+    assert seen == [(False, 0.5), (True, 0.25), (True, 0.25), (False, 0.25), (True, 0.125)]
+    optimizer.add_param_group({"params": [np.zeros(1)], "lr": 8.0})
+    for _ in range(3):
+        scheduler.step(2.0)
+    assert scheduler.get_last_lr() == rates_of(optimizer) and scheduler.get_last_lr()[2] == 4.0
+    state = scheduler.state_dict()
+    del state["lrs"]
+    with pytest.raises(KeyError, match="state_dict has no 'lrs', only"):
+        scheduler.load_state_dict(state)
+
+
+def test_an_own_schedule_with_a_dict_and_one_that_returns_too_few():
+    class Table(lrs.LRScheduler):
+        def __init__(self, optimizer, table):
+            self.table = table
+            super().__init__(optimizer)
+
+        def values_at(self, step, base_lrs):
+            return [base * self.table.get(step, 1) for base in base_lrs][: self.table.get("most")]
+
+    optimizer = new_optimizer()
+    scheduler = Table(optimizer, {1: 0.5, "most": 2})
+    scheduler.step()
+    assert scheduler.state_dict()["table"] == {"1": 0.5, "most": 2} and rates_of(optimizer) == [0.25, 0.05]
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="Table: 1 values of lr at step 0, must be 2"):
+        Table(optimizer, {"most": 1})
+    assert optimizer.state_dict() == before
+
+
+def test_parts_of_a_composition_are_shown():
+    optimizer = new_optimizer()
+    parts = [lrs.StepLR(optimizer, 3), lrs.ExponentialLR(optimizer, 0.5)]
+    chain = lrs.ChainedScheduler(parts)
+    assert chain.schedulers == parts and chain.schedulers is not chain.schedulers
+
+
 def test_plateau_errors():
     scheduler = lrs.ReduceLROnPlateau(new_optimizer(), min_lr=[0.0, 0.0])
     for bad in (None, "low", np.zeros(3)):

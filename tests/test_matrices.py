@@ -575,10 +575,56 @@ def test_checkpoints_of_others_are_refused() -> None:
     f = Rosenbrock()
     o = LBFGS([f.p], max_iter=3)
     o.step(f)
-    saved = o.state_dict()
-    saved["state"][0]["d"] = np.zeros(3)
-    with pytest.raises(ValueError, match="shape"):
-        o.load_state_dict(saved)
+    before = everything(o, [f.p])
+    for change, error, message in (
+        (
+            lambda s: s.update(d=np.zeros(3)),
+            ValueError,
+            r"holds an array of shape \(3,\), must be floats of shape \(2,\)",
+        ),
+        (lambda s: s.pop("H_diag"), KeyError, "state has no 'H_diag', only"),
+        (lambda s: s["ro"].pop(), TypeError, "'old_dirs', 'old_stps' and 'ro' must be lists of one length"),
+    ):
+        saved = o.state_dict()
+        change(saved["state"][0])  # type: ignore[no-untyped-call]
+        with pytest.raises(error, match=message):
+            o.load_state_dict(saved)
+        assert same(everything(o, [f.p]), before)
+
+
+def test_state_that_was_changed_by_hand_is_refused() -> None:
+    o, params = new(Adafactor, {})
+    o.step(closure_of(params))
+    state = o.state[params[0]]
+    for name, value, error, message in (
+        ("step", None, KeyError, "parameter 0: state has no 'step', only"),
+        ("row_var", np.zeros((8, 1))[::2], TypeError, "has dtype float64"),
+        ("row_var", np.repeat(state["row_var"], 2, axis=0)[::2], ValueError, "must be (in C order|dense)"),
+    ):
+        kept = dict(state)
+        state.pop(name) if value is None else state.update({name: value})
+        before = [p.data.copy() for p in params]
+        with pytest.raises(error, match=message):
+            o.step()
+        assert all((p.data == data).all() for p, data in zip(params, before, strict=True))
+        state.update(kept)
+    o.step()
+
+
+def test_lbfgs_at_the_minimum_stays() -> None:
+    p = Parameter(np.ones(3))
+
+    def flat() -> float:
+        p.grad = np.zeros(3)
+        return 2.0
+
+    o = LBFGS([p])
+    assert o.step(flat) == 2 and p.data.tolist() == [1, 1, 1] and o.state[p]["func_evals"] == 1
+
+
+def test_coefficients_of_muon_are_three() -> None:
+    with pytest.raises(TypeError, match=r"ns_coefficients == \(1.0, 2.0\), must be three numbers"):
+        Muon([np.ones((2, 2))], ns_coefficients=(1.0, 2.0))
 
 
 def test_an_own_entry_of_the_state_stays() -> None:

@@ -329,3 +329,20 @@ def test_state_of_an_own_optimizer_that_is_no_dict(entry):
     with pytest.raises(TypeError, match=r"parameter 1: its state is a .*, must be a dict"):
         opt.step()
     assert all((p.data == b).all() for p, b in zip(params, before, strict=True))
+
+
+def test_a_class_that_declares_half_of_a_rule():
+    """It says what is missing, at the first step, and leaves all as it was."""
+    half = {"__init__": lambda self, params: Optimizer.__init__(self, params, {"lr": 0.1})}
+    tied = {"rule": SGD.rule, "state_names": SGD.state_names, "checks": {"momentum": lambda name, value: None}}
+    numbers = {"counts_steps": True, "number_states": ("n",), "scalars": lambda self, group, step: {}}
+    for name, body, message in (
+        ("Bare", half, "Bare has no rule: set the class attribute `rule` or override `update`"),
+        ("Silent", {**half, **tied, "state_streams": lambda self, group: (None,)}, "must override `scalars`"),
+        ("Mute", {**half, **tied, **numbers, "state_streams": lambda self, group: (None,)}, "override `next_numbers`"),
+    ):
+        p = Parameter(np.ones(3), np.ones(3))
+        optimizer = type(name, (Optimizer,), body)([p])
+        with pytest.raises(TypeError, match=message):
+            optimizer.step()
+        assert p.data.tolist() == [1, 1, 1] and not any(optimizer.state.values())

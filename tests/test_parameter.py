@@ -95,3 +95,8 @@ def test_as_a_gradient():
     p = Parameter(np.ones(3))
     SGD([p], lr=0.5).step(grads=[Parameter(np.ones(3))])
     assert p.data.tolist() == [0.5] * 3
+
+
+def test_a_name_is_text():
+    with pytest.raises(TypeError, match="name == 3, must be a str or None"):
+        Parameter(np.ones(3), name=3)
