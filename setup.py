@@ -68,7 +68,9 @@ DIRECTIVES = {
     "cdivision": True,
     "initializedcheck": DEBUG,
     "nonecheck": DEBUG,
-    "freethreading_compatible": True,  # tests/test_python_threads.py
+    # A Python without the GIL turns it on for us: the walk of a step holds dicts of the user's by borrowed references,
+    # which another thread could free there. Between optimizers, and around a step, the locks hold without it.
+    "freethreading_compatible": False,
 }
 
 

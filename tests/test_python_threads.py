@@ -1,9 +1,8 @@
-"""Many Python threads, with a GIL or without: an optimizer each, or one optimizer that lets one step at a time."""
+"""Many Python threads: an optimizer each, or one optimizer that lets one step at a time."""
 
 from __future__ import annotations
 
 import sys
-import sysconfig
 import threading
 from collections.abc import Callable
 
@@ -109,8 +108,3 @@ def test_settings_of_threads() -> None:
 
     in_threads(run)
     assert pyopt.get_num_threads() == before
-
-
-@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL")
-def test_the_gil_stays_off() -> None:
-    assert not sys._is_gil_enabled()  # type: ignore[attr-defined]
