@@ -109,7 +109,7 @@ MUTATIONS = [
         ("if block.thread == thread:", "if True:", "set_num_threads reaches another thread's block"),
         ("threads if open_blocks else base_team", "threads if False else base_team", "blocks have no effect"),
         ("        require_startable(self.threads)\n", "", "a block of too many threads is entered"),
-        ("    require_startable(threads)\n    for", "    for", "set_num_threads of too many threads"),
+        ("    require_startable(threads)\n    with", "    with", "set_num_threads of too many threads"),
         (
             "    if a.parts > 1 and startable(a.parts) < a.parts:\n        a.parts = 1  #",
             "    if False:\n        a.parts = 1  #",
@@ -121,7 +121,7 @@ MUTATIONS = [
             "threads that a smaller team has ended",
         ),
         ("if (stack_size) pthread", "if (0) pthread", "OMP_STACKSIZE is not tried"),
-        ("given[0] = openmp.omp_get_num_threads()", "given[0] = parts", "threads_used() tells what was asked for"),
+        ("region.given = omp_get_num_threads()", "region.given = a.parts", "threads_used() tells what was asked for"),
     ),
     *of(
         "pyopt/threads.py",
