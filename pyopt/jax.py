@@ -1,4 +1,4 @@
-"""Steps inside jax.jit: the optimizers of pyopt on JAX arrays in the memory of a CPU, one call for a whole tree.
+"""Steps inside jax.jit: the optimizers of pyopt on JAX arrays in the memory of a CPU.
 
 Needs JAX (`pip install pyopt[jax]`). The step runs on XLA's own threads.
 """
@@ -18,6 +18,9 @@ from pyopt._xla import option_names, step_handler
 
 TARGET = "pyopt_step_1"
 jax.ffi.register_ffi_target(TARGET, step_handler, platform="cpu")
+
+# Of one call: XLA compiles in the square of its operands, two minutes for a thousand leaves at once.
+MOST_LEAVES = 32
 
 # Those that keep no numbers but the count of the steps.
 NAMES = (
@@ -109,25 +112,33 @@ class Optimizer:
         """
         leaves, form = jax.tree_util.tree_flatten(params)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        arrays = list(leaves)
+        streams = [leaves]
         for name in self._states:
             if name not in state:
                 raise ValueError(f"state has no {name!r}, only {sorted(state)}: it must come from init() or step()")
-            arrays += _like(form, paths, leaves, state[name], f"state {name!r}")
+            streams.append(_like(form, paths, leaves, state[name], f"state {name!r}"))
         gradients = _like(form, paths, leaves, grads, "grads")
         step = state["step"] + 1
         rate = _rate(self._group["lr"] if lr is None else lr)
+        results: list[list[Any]] = [[] for _ in streams]
+        for i in range(0, len(leaves), MOST_LEAVES):
+            n = len(leaves[i : i + MOST_LEAVES])
+            arrays = [x for stream in streams for x in stream[i : i + n]]
+            new = self._call(arrays, gradients[i : i + n], rate, step)
+            for j, result in enumerate(results):
+                result += new[j * n : (j + 1) * n]
+        trees = [form.unflatten(result) for result in results]
+        return trees[0], {"step": step, **dict(zip(self._states, trees[1:], strict=True))}
+
+    def _call(self, arrays: list[Any], gradients: list[Any], rate: Any, step: Any) -> list[Any]:
+        """The step of some leaves: parameters, then each state, which are what is returned too."""
         call = jax.ffi.ffi_call(
             TARGET,
-            [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays],
+            [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arrays],
             input_output_aliases={i: i for i in range(len(arrays))},
         )
-        if not arrays:
-            return params, {**state, "step": step}
         present = np.array(list(self._states.values()), np.int64)
-        results = call(*arrays, *gradients, rate, step, rule=self.name, options=self._options, present=present)
-        trees = [form.unflatten(results[i : i + len(leaves)]) for i in range(0, len(results), len(leaves))]
-        return trees[0], {"step": step, **dict(zip(self._states, trees[1:], strict=True))}
+        return list(call(*arrays, *gradients, rate, step, rule=self.name, options=self._options, present=present))
 
 
 def _rate(lr: Any) -> Any:
