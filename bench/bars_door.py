@@ -1,4 +1,4 @@
-"""Measure the bars of the C door: `python bench/bars_door.py`. Needs a C compiler, and jax and optax for the last rows."""
+"""Measure the bars of the C door: `python bench/bars_door.py`. Needs a C compiler; jax and optax for the last rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ctypes
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any

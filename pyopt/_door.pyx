@@ -19,7 +19,7 @@ from pyopt cimport (
 from pyopt cimport _numbers as numbers
 from pyopt cimport _rules as rules
 from pyopt._engine cimport (
-    BLOCK, ROW_COST, SCALARS, STATES, SUMS, Kernel, Numbers, Pass, Rule, Work, finish, number_blocks, run_in_mode,
+    ROW_COST, SCALARS, STATES, SUMS, Kernel, Numbers, Pass, Rule, Work, finish, number_blocks, run_in_mode,
     sweep_on, threads_of,
 )
 

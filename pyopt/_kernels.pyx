@@ -124,7 +124,7 @@ cdef int pack(dict scalars, Numbers *numbers) except -1:
 
 
 cdef Kernel kernel(const Numbers *_) noexcept nogil:
-    """What runs for the rule of these numbers; the engine, which does not know their struct, hands them on as void *."""
+    """What runs for a rule; the engine, which does not know the struct of its numbers, hands them on as void *."""
     return spans(<Span32>span[float, Numbers], <Span64>span[double, Numbers])
 
 
@@ -301,8 +301,7 @@ cdef int pack_norm(dict scalars, rules.Norm *numbers) except -1:
 exchange = Rule.make("exchange", (), spans(exchange_span[float], exchange_span[double]), pack_nothing)
 nothing = Rule.make("nothing", (), spans(nothing_span[float], nothing_span[double]), pack_nothing)
 norm = Rule.make("norm", (), with_sums(
-    spans(nothing_span[float], nothing_span[double]), <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL, False
-), <Pack>pack_norm)
+    (<Rule>nothing).kernel, <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL, False), <Pack>pack_norm)
 
 
 # --- the table: each rule's name and the names of its states ----------------------------------------------------------

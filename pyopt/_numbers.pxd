@@ -1,6 +1,6 @@
 # The numbers of a rule as they follow from its options and the count of the step, in double, for the C door: what
-# `scalars` and `next_numbers` of the optimizer are in Python, in the same operations in the same order, so that the bits
-# are the same (tests/test_door.py). The options come in the order of the catalogue: pyopt/_catalogue.h.
+# `scalars` and `next_numbers` of the optimizer are in Python, in the same operations in the same order. Both give the
+# same bits: tests/test_door.py. The options come in the order of the catalogue: pyopt/_catalogue.h.
 
 from libc.math cimport exp, isnan, log, pow, sqrt
 
@@ -203,7 +203,8 @@ cdef inline void nadam(const NAdam *o, double t, NAdamKept *kept, rules.NAdam *h
 
 
 cdef struct Prodigy:
-    double lr, beta1, beta2, beta3, eps, weight_decay, decoupled, bias_correction, safeguard_warmup, d0, d_coef, maximize
+    double lr, beta1, beta2, beta3, eps, weight_decay, decoupled, bias_correction, safeguard_warmup, d0, d_coef
+    double maximize
 
 cdef struct ProdigyKept:  # moves on when the sums are known
     double d, d_numerator

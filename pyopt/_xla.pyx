@@ -10,8 +10,6 @@ cdef extern from "_xla.h":
     void xla_step()
 
 
-import pyopt  # noqa: F401  the capsule is its attribute
-
 xla_door = pyopt_api()
 step_handler = PyCapsule_New(<void *>xla_step, NULL, NULL)
 

@@ -138,7 +138,8 @@ class Optimizer:
             input_output_aliases={i: i for i in range(len(arrays))},
         )
         present = np.array(list(self._states.values()), np.int64)
-        return list(call(*arrays, *gradients, rate, step, rule=self.name, options=self._options, present=present))
+        new: list[Any] = call(*arrays, *gradients, rate, step, rule=self.name, options=self._options, present=present)
+        return new
 
 
 def _rate(lr: Any) -> Any:

@@ -167,9 +167,7 @@ class Plan:
         self.message = ctypes.create_string_buffer(300)
         self.handle = Address()
         self.held = params, grads
-        self.check(
-            self.functions.create(self.rows, len(params), flags, ctypes.byref(self.handle), self.message, 300)
-        )
+        self.check(self.functions.create(self.rows, len(params), flags, ctypes.byref(self.handle), self.message, 300))
 
     def check(self, status: int) -> None:
         if status < 0:
