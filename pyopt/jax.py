@@ -138,8 +138,7 @@ class Optimizer:
             input_output_aliases={i: i for i in range(len(arrays))},
         )
         present = np.array(list(self._states.values()), np.int64)
-        new: list[Any] = call(*arrays, *gradients, rate, step, rule=self.name, options=self._options, present=present)
-        return new
+        return [*call(*arrays, *gradients, rate, step, rule=self.name, options=self._options, present=present)]
 
 
 def _rate(lr: Any) -> Any:
@@ -159,6 +158,7 @@ def _check_dtype(path: Any, p: Any) -> None:
 
 def _like(form: Any, paths: list[Any], leaves: list[Any], tree: Tree, what: str) -> list[Any]:
     """The leaves of a tree that must be like the parameters."""
+    found: list[Any]
     found, own = jax.tree_util.tree_flatten(tree)
     if own != form:
         raise ValueError(f"{what} is {own}, must be a tree like params, {form}")
