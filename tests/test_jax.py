@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +232,10 @@ def test_bad_input(spoil: Any, error: type[Exception], message: str) -> None:
 
 def test_repr() -> None:
     assert repr(pyopt.jax.Lion()) == "pyopt.jax.Lion(lr=0.0001, betas=(0.9, 0.99), weight_decay=0, maximize=False)"
+
+
+def test_examples_of_the_docstrings() -> None:
+    assert not doctest.testmod(pyopt.jax).failed
 
 
 def test_core_imports_no_jax() -> None:
