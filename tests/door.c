@@ -1,6 +1,7 @@
 /* What a caller in C sees of the door, in C99 and in C++: check_door returns NULL or the line that is wrong. */
 
 #include <math.h>
+#include <pthread.h>
 #include <pyopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -158,12 +159,28 @@ static const char *check_mode(const pyopt_functions *pyopt) {
     return NULL;
 }
 
+static void *check_adam_in_thread(void *place) {
+    const void **both = (const void **)place;
+    both[1] = check_adam((const pyopt_functions *)both[0]);
+    return NULL;
+}
+
+/* A thread that Python has never seen, while this one may hold the GIL: neither waits for the other. */
+static const char *check_foreign_thread(const pyopt_functions *pyopt) {
+    const void *both[2] = {pyopt, NULL};
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, check_adam_in_thread, both) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+    return (const char *)both[1];
+}
+
 const char *check_door(const pyopt_functions *pyopt) {
     const char *wrong;
     CHECK(pyopt != NULL && pyopt->size >= sizeof(pyopt_functions));
     CHECK(pyopt->major == PYOPT_MAJOR && pyopt->minor >= PYOPT_MINOR);
     if ((wrong = check_adam(pyopt)) != NULL || (wrong = check_every_rule(pyopt)) != NULL) return wrong;
-    return check_mode(pyopt);
+    if ((wrong = check_mode(pyopt)) != NULL) return wrong;
+    return check_foreign_thread(pyopt);
 }
 
 #ifdef WITH_MAIN

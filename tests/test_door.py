@@ -397,9 +397,9 @@ def test_c(door: Door, compiler: str, standard: str, tmp_path: Path) -> None:
         pytest.skip(f"no {compiler}")
     language = ["-x", "c++"] if compiler == "g++" else []
     flags = [f"-std={standard}", *WARNINGS, "-fPIC", "-shared", f"-I{pyopt.get_include()}", *language]
-    command = [compiler, *flags, ROOT / "tests/door.c", "-o", tmp_path / "door.so", "-lm"]
+    command = [compiler, *flags, ROOT / "tests/door.c", "-o", tmp_path / "door.so", "-lm", "-pthread"]
     subprocess.run(command, check=True)
-    check = ctypes.CDLL(tmp_path / "door.so").check_door
+    check = ctypes.PyDLL(str(tmp_path / "door.so")).check_door  # with the GIL all the while
     check.restype, check.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     assert check(ctypes.addressof(door.functions)) is None
 
@@ -410,7 +410,7 @@ def test_program_without_python(library: Path, link: str, tmp_path: Path) -> Non
     program = tmp_path / "door"
     given = [library / "libpyopt.a", "-fopenmp"] if link == "static" else [f"-L{library}", "-lpyopt"]
     flags = ["-std=c99", *WARNINGS, "-DWITH_MAIN", f"-I{library}"]
-    subprocess.run(["gcc", *flags, ROOT / "tests/door.c", *given, "-lm", "-o", program], check=True)
+    subprocess.run(["gcc", *flags, ROOT / "tests/door.c", *given, "-lm", "-pthread", "-o", program], check=True)
     environment = {"LD_LIBRARY_PATH": str(library)}
     result = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
