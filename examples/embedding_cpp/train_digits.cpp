@@ -2,7 +2,7 @@
 //
 //     python tools/build_c_library --output lib                    # once
 //     python examples/embedding_cpp/export_digits.py digits.bin    # the data, from scikit-learn
-//     g++ -std=c++17 -O3 -march=native -Ilib examples/embedding_cpp/train_digits.cpp lib/libpyopt.a -fopenmp -o train
+//     g++ -std=c++17 -O3 -Ilib examples/embedding_cpp/train_digits.cpp lib/libpyopt.a -fopenmp -o train
 //     ./train digits.bin --threads 4 --epochs 10
 //
 // or with CMake: see CMakeLists.txt. The digest at the end is the same for every number of threads.
