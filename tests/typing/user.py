@@ -88,6 +88,8 @@ def other_ways() -> None:
     assert_type(pyopt.get_flush_denormal(), bool)
     assert_type(pyopt.show_config(mode="dicts"), dict[str, dict[str, Any]] | None)
     assert_type(pyopt.__version__, str)
+    assert_type(pyopt.get_include(), str)
+    assert pyopt.c_api_v1 is not None
 
 
 def refused(w: pyopt.Parameter) -> None:
