@@ -344,6 +344,7 @@ def test_every_interruption_leaves_all_or_nothing() -> None:
         return optimizer
 
     assert every_point(make, lambda optimizer, n: interrupted(optimizer, ByCall(n))) > 10
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

@@ -811,6 +811,15 @@ cdef bint set_recording(bint record) except -1:
     return before
 
 
+def unrecorded(function, *args):
+    """What a function returns under torch.no_grad(), which an exception at any moment ends."""
+    cdef bint recording = set_recording(False)
+    try:
+        return function(*args)
+    finally:
+        set_recording(recording)
+
+
 cdef double read(Row *row, int j) noexcept:
     return (<double *>row.count_at[j])[0] if row.count_size[j] == 8 else (<float *>row.count_at[j])[0]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyopt.torch._tensors import Flat, TensorWorkspace, flat_parameters, fold_by, is_ordinary, member_of
+from pyopt.torch._tensors import Flat, TensorWorkspace, flat_parameters, fold_by, is_ordinary, member_of, unrecorded
 
 Entry = dict[str, Any]
 
@@ -142,10 +142,9 @@ class FlatState(defaultdict[Any, Any]):
     def release(self, flat: Flat) -> None:
         """Put the state of a block into entries of its parameters."""
         entry = self.of(flat.block)
-        with torch.no_grad():
-            for i, p in enumerate(flat.parameters() if entry is not None else ()):
-                if p is not None:
-                    dict.__setitem__(self, p, {name: _part(flat, value, i) for name, value in entry.items()})
+        for i, p in enumerate(flat.parameters() if entry is not None else ()):
+            if p is not None:
+                dict.__setitem__(self, p, unrecorded(_parts, flat, entry, i))
         dict.pop(self, flat.block, None)
 
     def release_all(self) -> None:
@@ -195,8 +194,10 @@ for _name in (
     setattr(FlatState, _name, _opened(_name))
 
 
-def _part(flat: Flat, value: Any, i: int) -> Any:
-    return flat.part(value, i) if value.shape == flat.block.shape else value.clone()
+def _parts(flat: Flat, entry: Entry, i: int) -> Entry:
+    """The state of parameter i, as views of that of its block."""
+    shape = flat.block.shape
+    return {name: flat.part(value, i) if value.shape == shape else value.clone() for name, value in entry.items()}
 
 
 # --- what a step does with them ---------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def absorb(side: Any, workspace: TensorWorkspace, flat: Flat) -> bool:
     entries = [get(side.state, p) for p in flat.parameters()]
     if any(entries) and not _are_alike(flat, entries):
         return False
-    entry = _joined(flat, [each for each in entries if each]) if any(entries) else None
+    entry = unrecorded(_joined, flat, [each for each in entries if each]) if any(entries) else None
     if not isinstance(side.state, FlatState):
         state = FlatState(workspace)
         for p, other in list(side.state.items()):
@@ -300,7 +301,6 @@ def _are_alike(flat: Flat, entries: list[Any]) -> bool:
     return True
 
 
-@torch.no_grad()
 def _joined(flat: Flat, entries: list[Entry]) -> Entry:
     entry: Entry = {}
     for name, value in entries[0].items():
