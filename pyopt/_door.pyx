@@ -11,16 +11,16 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcpy, memset, strcmp
 
-from pyopt cimport (
-    PYOPT_CAPSULE, PYOPT_FLOAT32, PYOPT_FLOAT64, PYOPT_INVALID, PYOPT_MAJOR, PYOPT_MINOR, PYOPT_MOST_KEPT,
-    PYOPT_NO_MEMORY, PYOPT_OK, PYOPT_UNCHECKED, pyopt_functions, pyopt_kept, pyopt_plan, pyopt_row, pyopt_rule,
-    pyopt_slot, pyopt_stream,
-)
 from pyopt cimport _numbers as numbers
 from pyopt cimport _rules as rules
 from pyopt._engine cimport (
     ROW_COST, SCALARS, STATES, SUMS, Kernel, Numbers, Pass, Rule, Work, finish, number_blocks, run_in_mode,
     sweep_on, threads_of,
+)
+from pyopt.api cimport (
+    PYOPT_CAPSULE, PYOPT_FLOAT32, PYOPT_FLOAT64, PYOPT_INVALID, PYOPT_MAJOR, PYOPT_MINOR, PYOPT_MOST_KEPT,
+    PYOPT_NO_MEMORY, PYOPT_OK, PYOPT_UNCHECKED, pyopt_functions, pyopt_kept, pyopt_plan, pyopt_row, pyopt_rule,
+    pyopt_slot, pyopt_stream,
 )
 
 cdef extern from "_catalogue.h" nogil:

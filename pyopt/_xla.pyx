@@ -2,7 +2,7 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 
-from pyopt cimport pyopt_api, pyopt_functions, pyopt_rule
+from pyopt.api cimport pyopt_api, pyopt_functions, pyopt_rule
 
 
 cdef extern from "_xla.h":

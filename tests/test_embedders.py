@@ -32,7 +32,7 @@ def accuracies(output: str) -> list[float]:
 
 
 def test_cython(tmp_path: Path) -> None:
-    """A package in Cython: `cimport pyopt`, the same result for every number of threads."""
+    """A package in Cython: `cimport pyopt.api`, the same result for every number of threads."""
     pytest.importorskip("Cython")
     if not shutil.which("cc"):
         pytest.skip("no C compiler")

@@ -1,12 +1,12 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
 # The digits network in Cython: forward, backward and Adam of a whole epoch without Python, the GIL released.
 #
-# `cimport pyopt` gives the C door. All memory is NumPy's; the plan points into it, so the trainer keeps it.
+# pyopt.api is the C door. All memory is NumPy's; the plan points into it, so the trainer keeps it.
 
 from libc.math cimport expf, logf
 from libc.string cimport memset
 
-cimport pyopt
+cimport pyopt.api as pyopt
 
 import numpy as np
 

@@ -1,5 +1,5 @@
-# pyopt for Cython: `cimport pyopt`, with the C compiler's include path at pyopt.get_include(). What all of it means
-# stands in the header.
+# pyopt for Cython: `cimport pyopt.api as pyopt`, with the C compiler's include path at pyopt.get_include(). What all of
+# it means stands in the header. (In __init__.pxd every module of pyopt would include the header.)
 
 from libc.stdint cimport int32_t, int64_t
 
