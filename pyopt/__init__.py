@@ -47,6 +47,7 @@ from pyopt.optimizers.schedule_free import AdamWScheduleFree as AdamWScheduleFre
 from pyopt.optimizers.schedule_free import SGDScheduleFree as SGDScheduleFree
 from pyopt.optimizers.sgd import SGD as SGD
 from pyopt.parameter import Parameter as Parameter
+from pyopt.storage import Storage as Storage
 from pyopt.threads import get_num_threads as get_num_threads
 from pyopt.threads import num_threads as num_threads
 from pyopt.threads import set_num_threads as set_num_threads

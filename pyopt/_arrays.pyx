@@ -10,14 +10,18 @@ from pyopt._asked cimport FILL
 from pyopt._engine cimport STATES, Averaged, Outcome, Work
 from pyopt._norms cimport Batch
 from pyopt._numpy_arrays cimport (
-    NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS,
-    PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
+    NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_HALF, NPY_SHORT, NPY_UBYTE, PyArray_DATA,
+    PyArray_DIMS, PyArray_FLAGS, PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
 )
 from pyopt._plans cimport Plan
 from pyopt._step cimport IDLE, MOST_STEPS, Row, Workspace, hold
-from pyopt._views cimport View, end_of, is_dense, same_order, same_shape
+from pyopt._views cimport (
+    OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
+    is_short, same_order, same_shape,
+)
 
 from copy import deepcopy
+import sys
 
 import numpy as np
 from numpy import ndarray
@@ -25,7 +29,8 @@ from numpy.ma import MaskedArray
 
 from pyopt.checks import count as check_count
 from pyopt.parameter import (
-    Parameter, check_data, check_gradient, check_no_overlap, check_state, check_state_values, label, overlaps_itself,
+    Parameter, average_type, check_average, check_codes, check_data, check_gradient, check_master, check_no_overlap,
+    check_state, check_state_values, label, overlaps_itself,
 )
 
 cdef extern from "Python.h":
@@ -42,20 +47,45 @@ cdef bint is_array(PyObject *value) noexcept:
             or isinstance(<object>value, array_type) and not isinstance(<object>value, masked_type))
 
 
+cdef dict modules = sys.modules
+cdef int bfloat16_type = -1  # that of ml_dtypes, which NumPy numbers when it is imported
+
+
+cdef int find_bfloat16() except -1:
+    """Take the number of bfloat16 where there is one."""
+    global bfloat16_type
+    if bfloat16_type < 0 and PyDict_GetItemWithError(modules, "ml_dtypes") != NULL:
+        bfloat16_type = np.dtype(modules["ml_dtypes"].bfloat16).num
+    return 0
+
+
+cdef int element_of(int kind) noexcept:
+    if kind == NPY_FLOAT:
+        return OF_FLOAT32
+    if kind == NPY_DOUBLE:
+        return OF_FLOAT64
+    if kind == NPY_HALF:
+        return OF_FLOAT16
+    if kind == bfloat16_type:
+        return OF_BFLOAT16
+    return OF_INT16 if kind == NPY_SHORT else OF_UINT8 if kind == NPY_UBYTE else OTHER
+
+
 cdef int view(PyObject *value, View *v) noexcept:
-    """Read the fields of an array; its type of elements, -1 for one in the other byte order."""
+    """Read the fields of an array; its type of elements, OTHER for one in the other byte order."""
     cdef PyArrayObject *array = <PyArrayObject *>value
-    cdef int kind = PyArray_TYPE(array), i
+    cdef int i
+    v.element = element_of(PyArray_TYPE(array)) if PyArray_ISNOTSWAPPED(array) else OTHER
     v.data = <char *>PyArray_DATA(array)
     v.shape = <const int64_t *>PyArray_DIMS(array)
     v.strides = <const int64_t *>PyArray_STRIDES(array)
     v.ndim = PyArray_NDIM(array)
-    v.itemsize = 8 if kind == NPY_DOUBLE else 4
+    v.itemsize = 4 if v.element == OF_FLOAT32 else 8 if v.element == OF_FLOAT64 else 1 if v.element == OF_UINT8 else 2
     v.unit = 1
     v.size = 1
     for i in range(v.ndim):
         v.size *= v.shape[i]
-    return kind if PyArray_ISNOTSWAPPED(array) else -1
+    return v.element
 
 
 cdef bint is_writable(PyObject *value) noexcept:
@@ -75,6 +105,13 @@ cdef void extent(const View *v, char **begin, char **end) noexcept:
         else:
             end[0] += v.strides[i] * (v.shape[i] - 1)
     end[0] += v.itemsize
+
+
+cdef bint same_order_as(array, data) noexcept:
+    cdef View a, d
+    view(<PyObject *>array, &a)
+    view(<PyObject *>data, &d)
+    return same_order(&a, &d)
 
 
 cdef class Kept:
@@ -138,12 +175,19 @@ def update_all(optimizer, grads, factor):
 cdef class ArrayWorkspace(Workspace):
     """The steps of one optimizer of Parameters."""
 
+    cdef int collect(self, optimizer, list grads) except -1:
+        find_bfloat16()
+        return Workspace.collect(self, optimizer, grads)
+
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         param = <object>row.param
         if type(param) is not parameter_type and not isinstance(param, parameter_type):
             raise TypeError(f"'params' of a param group holds a {type(param).__name__}, must be a list of Parameters")
         hold(&row.data, param._data)
         return 0
+
+    cdef int read_view(self, PyObject *array, View *v) except -1:
+        return view(array, v) if is_array(array) and is_writable(array) else OTHER
 
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
         if type(<object>row.grad) is not array_type:
@@ -191,40 +235,49 @@ cdef class ArrayWorkspace(Workspace):
         cdef View p, s, g
         cdef char *begin
         cdef char *end
-        cdef int kind, j
+        cdef int j
         cdef bint in_order
         if not is_array(row.data):
             self.refuse(row, index)
-        kind = view(row.data, &p)
+        view(row.data, &p)
         if row.route == IDLE:
             extent(&p, &begin, &end)
             self.add_written(index, begin, end)
             return False
-        if kind != NPY_FLOAT and kind != NPY_DOUBLE or not is_dense(&p) or (
+        if not go_together(&p, &p) or not is_dense(&p) or (
                 not is_writable(row.data) and (not row.beside or self.exchanging)):
             self.refuse(row, index)
         w.size = p.size
-        w.is_double = kind == NPY_DOUBLE
+        w.is_double = p.element == OF_FLOAT64
         w.stream[0] = p.data
+        if is_short(&p):
+            self.note_element(w, 0, &p)
         self.add_written(index, p.data, end_of(&p))
         for j in range(STATES):
-            if row.state[j] == NULL:
-                w.stream[2 + j] = NULL
+            w.stream[2 + j] = NULL
+            if row.state[j] == NULL or row.aside[1 + j] != NULL:  # the latter are looked at below
                 continue
-            if (not is_array(row.state[j]) or view(row.state[j], &s) != kind or not is_writable(row.state[j])
-                    or not same_shape(&p, &s) or not same_order(&p, &s)):
+            if (not is_array(row.state[j]) or not view(row.state[j], &s) or not go_together(&p, &s)
+                    or not is_writable(row.state[j]) or not same_shape(&p, &s) or not same_order(&p, &s)):
                 self.refuse(row, index)
             w.stream[2 + j] = s.data
+            if is_short(&s):
+                self.note_element(w, 2 + j, &s)
             self.add_written(index, s.data, end_of(&s))
+        if not self.bare and (<Plan>self.new_plans[row.group]).storage is not None:
+            if not self.note_aside(row, index, w, &p):
+                self.refuse_aside(row, index)
         if self.averages:
-            self.look_at_averages(row, index, &p, kind, w)
+            self.look_at_averages(row, index, &p, w)
         w.stream[1] = NULL
         row.read.begin = row.read.end = NULL
         if row.grad == NULL:
             return True
-        if not is_array(row.grad) or view(row.grad, &g) != kind or not same_shape(&p, &g):
+        if not is_array(row.grad) or not view(row.grad, &g) or not go_together(&p, &g) or not same_shape(&p, &g):
             self.refuse(row, index)
         w.stream[1] = g.data
+        if is_short(&g):
+            self.note_element(w, 1, &g)
         in_order = same_order(&p, &g) and <size_t>g.data % g.itemsize == 0
         if self.clearing == FILL and self.add_gradient(row, index, &g):
             w.clears = in_order and not row.has_copy
@@ -249,7 +302,7 @@ cdef class ArrayWorkspace(Workspace):
         self.add_written(index, row.filled.begin, row.filled.end, True)
         return True
 
-    cdef int look_at_averages(self, Row *row, Py_ssize_t index, const View *p, int kind, Work *w) except -1:
+    cdef int look_at_averages(self, Row *row, Py_ssize_t index, const View *p, Work *w) except -1:
         """Look at the averages of a parameter and note that they are written."""
         cdef Averaged *at = self.averages_of(self.n_work)
         cdef Py_ssize_t j, n = len(self.averages)
@@ -260,19 +313,22 @@ cdef class ArrayWorkspace(Workspace):
         for j in range(n):
             averaged = self.averaged[index * n + j]
             array = <PyObject *>averaged[0]
-            if (not is_array(array) or view(array, &a) != kind or not is_writable(array) or not same_shape(p, &a)
-                    or not same_order(p, &a)):
-                check_state(label(index, <object>row.param), "average", {"average": <object>array}, <object>row.data)
+            if (not is_array(array) or view(array, &a) != (OF_FLOAT64 if p.element == OF_FLOAT64 else OF_FLOAT32)
+                    or not is_writable(array) or not same_shape(p, &a) or not same_order(p, &a)):
+                check_average(label(index, <object>row.param), <object>array, <object>row.data)
                 raise RuntimeError(f"{label(index, <object>row.param)} changes while the step looks at it")
-            at[j].data, at[j].weight = a.data, averaged[1]
+            at[j].data, at[j].weight, at[j].kept = a.data, averaged[1], self.kept_of(row, p)
             self.add_written(index, a.data, end_of(&a))
         return 0
 
     cdef object first_average(self, Row *row, Py_ssize_t index):
         data = check_data(label(index, <object>row.param), <object>row.data)
-        average = np.empty_like(data, subok=False)
+        average = np.empty_like(data, average_type(data.dtype), subok=False)
         np.copyto(average, data)
         return average
+
+    cdef object copy_of(self, average):
+        return average.copy("K")
 
     def copied(self, what, like, values):
         """A copy of an average that was saved, for the place of `like`."""
@@ -291,6 +347,17 @@ cdef class ArrayWorkspace(Workspace):
         for grad in grads:
             fill_array(grad, 0)
         return 0
+
+    cdef int refuse_aside(self, Row *row, Py_ssize_t index) except -1:
+        """Raise for what note_aside has found."""
+        cdef Plan plan = self.new_plans[row.group]
+        what = label(index, <object>row.param)
+        if row.aside[0] != NULL:
+            check_master(what, plan.master_name, <object>row.aside[0], <object>row.data)
+        for j in range(len(plan.aside_names or ())):
+            if row.aside[1 + j] != NULL:
+                check_codes(what, plan.names[j], <object>row.state[j], <object>row.aside[1 + j], <object>row.data)
+        raise RuntimeError(f"{what} is changed by another thread while the step looks at it")
 
     cdef int refuse(self, Row *row, Py_ssize_t index) except -1:
         """Raise for what look_at has found."""
@@ -341,8 +408,8 @@ cdef class ArrayWorkspace(Workspace):
             data = <object>row.data
             grad = check_gradient(label(k, <object>row.param), data, <object>row.grad)
             copy = self.last_copy(k)
-            if copy is None or copy.shape != data.shape or copy.dtype != data.dtype or copy.strides != data.strides:
-                copy = np.empty_like(data, subok=False)
+            if copy is None or copy.shape != data.shape or copy.dtype != grad.dtype or not same_order_as(copy, data):
+                copy = np.empty_like(data, grad.dtype, subok=False)
             np.copyto(copy, grad)
             self.use_copy(row, k, copy)
             found = True
@@ -380,8 +447,8 @@ cdef class ArrayBatch(Batch):
         self.copied = []
         for k in range(len(grads)):
             array = <PyObject *>grads[k]
-            kind = view(array, &g) if is_array(array) else -1
-            if kind != NPY_FLOAT and kind != NPY_DOUBLE or writes and not (
+            kind = view(array, &g) if is_array(array) else OTHER
+            if kind != OF_FLOAT32 and kind != OF_FLOAT64 or writes and not (
                     PyArray_FLAGS(<PyArrayObject *>array) & NPY_ARRAY_WRITEABLE):
                 self.refuse(k, grads[k], owners[k], names[k])
             p = g
@@ -390,7 +457,7 @@ cdef class ArrayBatch(Batch):
                 if not same_shape(&p, &g):
                     self.refuse(k, grads[k], owners[k], names[k])
             if same_order(&p, &g) and is_dense(&g) and <size_t>g.data % g.itemsize == 0:
-                self.add(g.data, g.size, kind == NPY_DOUBLE, grads[k])
+                self.add(g.data, g.size, kind == OF_FLOAT64, grads[k])
                 continue
             if writes and overlaps_itself(grads[k].shape, grads[k].strides, grads[k].itemsize):
                 self.refuse(k, grads[k], owners[k], names[k])
@@ -398,7 +465,7 @@ cdef class ArrayBatch(Batch):
             copy = np.empty_like(like, grads[k].dtype, subok=False)
             np.copyto(copy, grads[k])
             view(<PyObject *>copy, &g)
-            self.add(g.data, g.size, kind == NPY_DOUBLE, copy)
+            self.add(g.data, g.size, kind == OF_FLOAT64, copy)
             self.copied.append(grads[k])
 
     cdef int refuse(self, Py_ssize_t k, grad, owner, name) except -1:

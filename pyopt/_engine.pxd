@@ -1,5 +1,7 @@
 # What kernels, table and engine share: the shape of a span, the rule it belongs to, and a step's work.
 
+from libc.stdint cimport uint64_t
+
 # One rule over n elements: parameter, gradient and up to four state streams (NULL where the options need none), of
 # one element type. `restrict` on parameters: with more than five streams GCC gives up on run-time alias checks.
 ctypedef void (*Span32)(float *restrict, const float *restrict, float *restrict, float *restrict, float *restrict,
@@ -29,18 +31,65 @@ cdef enum:
     AVERAGES = 4  # of each parameter, at most
 
 
+cdef enum:  # how the elements of a stream lie in memory: each has its Codec
+    PLAIN  # as rules compute: float32, or float64
+    BFLOAT16
+    FLOAT16
+    SPLIT  # bfloat16, and beside it the lower half of a float32
+    KAHAN_BFLOAT16  # and beside it what rounding has taken
+    KAHAN_FLOAT16
+    CHANCE_BFLOAT16  # rounded by chance
+    CHANCE_FLOAT16
+    SIGNED_CODES  # 8 bits, and beside them a scale for 256
+    UNSIGNED_CODES
+    CODECS
+
+
+cdef struct Codec:
+    # n elements into float32, and back; they, and what lies beside. A store has a key and the place of its first
+    # element, counted from the start of the tensor: what chance depends on. NULL for PLAIN.
+    void (*load)(float *restrict, const void *, const void *, Py_ssize_t) noexcept nogil
+    void (*store)(const float *restrict, void *, void *, Py_ssize_t, uint64_t, Py_ssize_t) noexcept nogil
+    int size  # of an element, in bytes
+    int aside  # bytes beside for each `group` elements
+    int group
+
+
+# A rule over n elements some of whose streams are of bfloat16, loaded and stored in registers; the last argument is the
+# lower halves of the parameter, NULL for none.
+ctypedef void (*Direct)(void *, const void *, void *, void *, void *, void *, Py_ssize_t, const void *,
+                        void *) noexcept nogil
+
+cdef enum:  # which streams those are
+    ALL
+    PARAMETER  # and gradient
+    STATE
+    DIRECTS
+
+
 cdef struct Kernel:  # what runs for a rule
+    const Codec *codecs
+    Direct direct[DIRECTS]  # NULL for none
     Span32 span32
     Span64 span64
     Reduce32 reduce32  # NULL in a rule without sums, as are the next two
     Reduce64 reduce64
     Finish finish
     bint joint  # the sums go over all tensors of the step, not over each by itself
+    bint writes_both  # streams 0 and 1: no rule's, that of an exchange
+    bint moves_state  # it is what takes the sums that writes the state, not the span
 
 
 cdef struct Averaged:  # an average of one tensor
     void *data
     double weight  # how far it moves towards the tensor
+    const char *kept  # what it holds after an exchange with a parameter whose type would round it; else NULL
+
+
+cdef struct Stored:  # of one tensor some of whose streams are not PLAIN; it computes in float32
+    unsigned char codec[2 + STATES]
+    char *aside[2 + STATES]  # what lies beside them
+    uint64_t key  # of chance
 
 
 cdef struct Work:  # one tensor of one step
@@ -52,6 +101,7 @@ cdef struct Work:  # one tensor of one step
     bint is_double
     bint clears  # fills its gradient with zeros when it has been used
     void *stream[2 + STATES]
+    const Stored *stored  # NULL where all its streams are PLAIN
     const Averaged *averaged  # the averages of the parameter, where there are extras
 
 

@@ -8,7 +8,7 @@
 
 cimport cython
 from cpython.pythread cimport PyThread_get_thread_ident
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cdef extern from *:
     """
@@ -63,6 +63,7 @@ cdef class Outcome:
 
 cdef enum:
     LINE = 64  # parts begin at multiples of this many elements
+    STAGE = 512  # elements that are converted together, a divisor of BLOCK
 
 
 cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost, Py_ssize_t line) noexcept nogil:
@@ -80,7 +81,9 @@ cdef void run(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numb
     cdef float *f[2 + STATES]
     cdef double *d[2 + STATES]
     cdef int j
-    if w.is_double:
+    if w.stored != NULL:
+        run_stored(w, begin, n, numbers, sums)
+    elif w.is_double:
         for j in range(2 + STATES):
             d[j] = NULL if w.stream[j] == NULL else <double *>w.stream[j] + begin
         if sums == NULL:
@@ -96,23 +99,105 @@ cdef void run(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numb
             k.reduce32(f[0], f[1], f[2], f[3], f[4], f[5], n, h, sums)
 
 
+cdef char *aside_of(const Stored *stored, int j, const Codec *c, Py_ssize_t begin) noexcept nogil:
+    """What lies beside the elements of a stream from this one on."""
+    return NULL if stored.aside[j] == NULL else stored.aside[j] + begin // c.group * c.aside
+
+
+cdef Direct direct_span(const Work *w, const Kernel *k) noexcept nogil:
+    """What steps a mix of types without conversion in memory, NULL for nothing."""
+    cdef const Stored *stored = w.stored
+    cdef int j, of_state = -1
+    for j in range(2, 2 + STATES):
+        if w.stream[j] != NULL:
+            if of_state >= 0 and stored.codec[j] != of_state:
+                return NULL
+            of_state = stored.codec[j]
+    if of_state < 0:
+        return NULL
+    if stored.codec[1] == BFLOAT16 and (stored.codec[0] == BFLOAT16 or stored.codec[0] == SPLIT):
+        return k.direct[ALL] if of_state == BFLOAT16 else k.direct[PARAMETER] if of_state == PLAIN else NULL
+    return k.direct[STATE] if stored.codec[0] == stored.codec[1] == PLAIN and of_state == BFLOAT16 else NULL
+
+
+cdef void run_direct(Direct span, const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numbers) noexcept nogil:
+    cdef const Codec *codecs = numbers.kernel.codecs
+    cdef void *x[2 + STATES]
+    cdef int j
+    for j in range(2 + STATES):
+        x[j] = NULL
+        if w.stream[j] != NULL:
+            x[j] = <char *>w.stream[j] + begin * codecs[w.stored.codec[j]].size
+    span(x[0], x[1], x[2], x[3], x[4], x[5], n, &numbers.value[0],
+         aside_of(w.stored, 0, &codecs[w.stored.codec[0]], begin))
+
+
+cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numbers,
+                     double *sums) noexcept nogil:
+    """The same where elements must be converted: part by part in the cache, into float32, and rounded once at the end.
+
+    n is at most BLOCK where there are sums.
+    """
+    cdef float room[2 + STATES][BLOCK]
+    cdef const Kernel *k = numbers.kernel
+    cdef const Stored *stored = w.stored
+    cdef const Codec *c
+    cdef Work part
+    cdef Py_ssize_t m
+    cdef int j
+    cdef bint moves_state = k.finish == NULL or k.moves_state == (sums != NULL)
+    cdef Direct direct = direct_span(w, k) if sums == NULL else NULL
+    if direct != NULL:
+        run_direct(direct, w, begin, n, numbers)
+        return
+    part.is_double, part.stored = False, NULL
+    while n > 0:
+        m = n if sums != NULL else min(<Py_ssize_t>STAGE, n)
+        for j in range(2 + STATES):
+            c = &k.codecs[stored.codec[j]]
+            if w.stream[j] == NULL:
+                part.stream[j] = NULL
+            elif c.load == NULL:
+                part.stream[j] = <char *>w.stream[j] + begin * c.size
+            else:
+                part.stream[j] = room[j]
+                c.load(room[j], <char *>w.stream[j] + begin * c.size, aside_of(stored, j, c, begin), m)
+        run(&part, 0, m, numbers, sums)
+        for j in range(2 + STATES):
+            c = &k.codecs[stored.codec[j]]
+            if c.store == NULL or w.stream[j] == NULL or (
+                    sums != NULL if j == 0 else not k.writes_both if j == 1 else not moves_state):
+                continue
+            c.store(room[j], <char *>w.stream[j] + begin * c.size, aside_of(stored, j, c, begin), m, stored.key, begin)
+        begin += m
+        n -= m
+
+
 cdef void run_with_extras(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Numbers *numbers,
                           const Extras *extras) noexcept nogil:
     """The rule and all that rides along, on one block after the other, which stays in the cache meanwhile."""
     cdef Py_ssize_t size = 8 if w.is_double else 4, n
     cdef Work beside
+    cdef Stored stored
     cdef Numbers weight
     cdef int j
     memset(&beside, 0, sizeof(Work))
     beside.is_double = w.is_double
     beside.stream[1] = w.stream[0]
     weight.kernel = extras.kernel
+    if w.stored != NULL:
+        size = numbers.kernel.codecs[w.stored.codec[1]].size
+        memset(&stored, 0, sizeof(Stored))
+        stored.codec[1], stored.aside[1] = w.stored.codec[0], w.stored.aside[0]
+        beside.stored = &stored  # averages are of float32
     while begin < end:
         n = min(<Py_ssize_t>BLOCK, end - begin)
         run(w, begin, n, numbers, NULL)
         for j in range(extras.averages):
             beside.stream[0], weight.value[0] = w.averaged[j].data, w.averaged[j].weight
             run(&beside, begin, n, &weight, NULL)
+            if w.averaged[j].kept != NULL:
+                memcpy(<char *>w.averaged[j].data + begin * 4, w.averaged[j].kept + begin * 4, n * 4)
         if w.clears:
             memset(<char *>w.stream[1] + begin * size, 0, n * size)
         begin += n
@@ -133,7 +218,8 @@ cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nog
         w = &a.work[k]
         if w.start >= end:
             break
-        first, last = cut(w, begin, line), cut(w, end, line)
+        first = cut(w, begin, line if w.stored == NULL else BLOCK)
+        last = cut(w, end, line if w.stored == NULL else BLOCK)
         if first >= last:
             continue
         numbers = &a.numbers[w.slot] if a.norm == NULL else a.norm

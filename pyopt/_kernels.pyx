@@ -4,12 +4,20 @@
 # options; tests/test_object_code.py holds it to that.
 
 from libc.math cimport isinf, pow
-from libc.string cimport memset, strcmp
+from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset, strcmp
 
 from pyopt cimport _rules as rules
-from pyopt._engine cimport BLOCK, Finish, Kernel, Pack, Reduce32, Reduce64, Rule, Span32, Span64
+from pyopt cimport _storage as storage
+from pyopt._engine cimport (
+    ALL, BFLOAT16, BLOCK, CHANCE_BFLOAT16, CHANCE_FLOAT16, CODECS, FLOAT16, KAHAN_BFLOAT16, KAHAN_FLOAT16, PARAMETER,
+    PLAIN, SIGNED_CODES, SPLIT, STATE, UNSIGNED_CODES, Codec, Direct, Finish, Kernel, Pack, Reduce32, Reduce64, Rule,
+    Span32, Span64,
+)
 from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
+
+from pyopt.storage import map_of
 
 ctypedef fused Numbers:  # of each rule: their struct says which one it is
     rules.SGD
@@ -48,6 +56,204 @@ ctypedef fused Summing:  # of the rules that need sums over whole tensors
     rules.LAMB
     rules.Prodigy
 
+
+# --- elements of other types than rules compute in --------------------------------------------------------------------
+
+cdef void load_bfloat16(float *restrict to, const uint16_t *restrict x, const void *_, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.from_bfloat16(x[i])
+
+
+cdef void store_bfloat16(const float *restrict x, uint16_t *restrict to, void *_1, Py_ssize_t n, uint64_t _2,
+                         Py_ssize_t _3) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.to_bfloat16(x[i])
+
+
+cdef void load_float16(float *restrict to, const uint16_t *restrict x, const void *_, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.from_float16(x[i])
+
+
+cdef void store_float16(const float *restrict x, uint16_t *restrict to, void *_1, Py_ssize_t n, uint64_t _2,
+                        Py_ssize_t _3) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.to_float16(x[i])
+
+
+cdef void load_split(float *restrict to, const uint16_t *restrict x, const int16_t *restrict low,
+                     Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.from_split(x[i], low[i])
+
+
+cdef void store_split(const float *restrict x, uint16_t *restrict to, int16_t *restrict low, Py_ssize_t n, uint64_t _1,
+                      Py_ssize_t _2) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.to_split(x[i], &low[i])
+
+
+cdef void load_kahan_bfloat16(float *restrict to, const uint16_t *restrict x, const uint16_t *restrict rest,
+                              Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.from_bfloat16(x[i]) + storage.from_bfloat16(rest[i])
+
+
+cdef void store_kahan_bfloat16(const float *restrict x, uint16_t *restrict to, uint16_t *restrict rest, Py_ssize_t n,
+                               uint64_t _1, Py_ssize_t _2) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.to_bfloat16(x[i])
+        rest[i] = storage.to_bfloat16(storage.rest_of(x[i], storage.from_bfloat16(to[i])))
+
+
+cdef void load_kahan_float16(float *restrict to, const uint16_t *restrict x, const uint16_t *restrict rest,
+                             Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.from_float16(x[i]) + storage.from_float16(rest[i])
+
+
+cdef void store_kahan_float16(const float *restrict x, uint16_t *restrict to, uint16_t *restrict rest, Py_ssize_t n,
+                              uint64_t _1, Py_ssize_t _2) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = storage.to_float16(x[i])
+        rest[i] = storage.to_float16(storage.rest_of(x[i], storage.from_float16(to[i])))
+
+
+cdef void store_chance_bfloat16(const float *restrict x, uint16_t *restrict to, void *_, Py_ssize_t n, uint64_t key,
+                                Py_ssize_t first) noexcept nogil:
+    cdef uint64_t own = storage.key_of_block(key, first // BLOCK)
+    cdef uint32_t at = first % BLOCK, i
+    for i in range(<uint32_t>n):
+        to[i] = storage.to_bfloat16_by_chance(x[i], storage.random_bits(at + i, own))
+
+
+cdef void store_chance_float16(const float *restrict x, uint16_t *restrict to, void *_, Py_ssize_t n, uint64_t key,
+                               Py_ssize_t first) noexcept nogil:
+    cdef uint64_t own = storage.key_of_block(key, first // BLOCK)
+    cdef uint32_t at = first % BLOCK, i
+    for i in range(<uint32_t>n):
+        to[i] = storage.to_float16_by_chance(x[i], storage.random_bits(at + i, own))
+
+
+cdef storage.Map signed_map, unsigned_map
+
+
+cdef int fill_map(storage.Map *map, bint signed) except -1:
+    cdef int i
+    values, cells = map_of(signed)
+    map.signed = signed
+    for i in range(256):
+        map.value[i] = values[i]
+    for i in range(storage.CELLS):
+        map.cell[i] = cells[i]
+    return 0
+
+
+fill_map(&signed_map, True)
+fill_map(&unsigned_map, False)
+
+
+cdef void load_codes(float *restrict to, const uint8_t *restrict x, float scale, Py_ssize_t n,
+                     const storage.Map *map) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    cdef uint64_t codes
+    while i + 8 <= n:  # read at once and looked up one by one, which is faster than vectors of places
+        memcpy(&codes, x + i, sizeof(codes))
+        to[i] = map.value[storage.BYTE_AT(codes, 0)] * scale
+        to[i + 1] = map.value[storage.BYTE_AT(codes, 1)] * scale
+        to[i + 2] = map.value[storage.BYTE_AT(codes, 2)] * scale
+        to[i + 3] = map.value[storage.BYTE_AT(codes, 3)] * scale
+        to[i + 4] = map.value[storage.BYTE_AT(codes, 4)] * scale
+        to[i + 5] = map.value[storage.BYTE_AT(codes, 5)] * scale
+        to[i + 6] = map.value[storage.BYTE_AT(codes, 6)] * scale
+        to[i + 7] = map.value[storage.BYTE_AT(codes, 7)] * scale
+        i += 8
+    while i < n:
+        to[i] = map.value[x[i]] * scale
+        i += 1
+
+
+cdef uint32_t largest_size(const float *restrict x, Py_ssize_t n) noexcept nogil:
+    """The bits of the largest |x|, of NaN where there is one."""
+    cdef uint32_t most = 0, size
+    cdef Py_ssize_t i
+    for i in range(n):
+        size = storage.bits_of(x[i]) & 0x7fffffff
+        most = size if size > most else most
+    return most
+
+
+cdef float store_codes(const float *restrict x, uint8_t *restrict to, Py_ssize_t n,
+                       const storage.Map *map) noexcept nogil:
+    """Returns the scale."""
+    cdef float scale = storage.float_of(largest_size(x, n)), inverse
+    cdef float one = 1, least = <float>1e-38
+    cdef Py_ssize_t i
+    inverse = one / (least if scale < least else scale)
+    for i in range(n):
+        to[i] = storage.to_code(x[i] * inverse, map)
+    return scale
+
+
+cdef void load_signed(float *restrict to, const uint8_t *restrict x, const float *restrict scale,
+                      Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range((n + storage.GROUP - 1) // storage.GROUP):
+        load_codes(to + i * storage.GROUP, x + i * storage.GROUP, scale[i],
+                   min(<Py_ssize_t>storage.GROUP, n - i * storage.GROUP), &signed_map)
+
+
+cdef void load_unsigned(float *restrict to, const uint8_t *restrict x, const float *restrict scale,
+                        Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range((n + storage.GROUP - 1) // storage.GROUP):
+        load_codes(to + i * storage.GROUP, x + i * storage.GROUP, scale[i],
+                   min(<Py_ssize_t>storage.GROUP, n - i * storage.GROUP), &unsigned_map)
+
+
+cdef void store_signed(const float *restrict x, uint8_t *restrict to, float *restrict scale, Py_ssize_t n, uint64_t _1,
+                       Py_ssize_t _2) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range((n + storage.GROUP - 1) // storage.GROUP):
+        scale[i] = store_codes(x + i * storage.GROUP, to + i * storage.GROUP,
+                               min(<Py_ssize_t>storage.GROUP, n - i * storage.GROUP), &signed_map)
+
+
+cdef void store_unsigned(const float *restrict x, uint8_t *restrict to, float *restrict scale, Py_ssize_t n,
+                         uint64_t _1, Py_ssize_t _2) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range((n + storage.GROUP - 1) // storage.GROUP):
+        scale[i] = store_codes(x + i * storage.GROUP, to + i * storage.GROUP,
+                               min(<Py_ssize_t>storage.GROUP, n - i * storage.GROUP), &unsigned_map)
+
+
+ctypedef void (*Load)(float *restrict, const void *, const void *, Py_ssize_t) noexcept nogil
+ctypedef void (*Store)(const float *restrict, void *, void *, Py_ssize_t, uint64_t, Py_ssize_t) noexcept nogil
+
+cdef Codec codecs[CODECS]
+codecs[PLAIN] = Codec(NULL, NULL, 4, 0, 1)
+codecs[BFLOAT16] = Codec(<Load>load_bfloat16, <Store>store_bfloat16, 2, 0, 1)
+codecs[FLOAT16] = Codec(<Load>load_float16, <Store>store_float16, 2, 0, 1)
+codecs[SPLIT] = Codec(<Load>load_split, <Store>store_split, 2, 2, 1)
+codecs[KAHAN_BFLOAT16] = Codec(<Load>load_kahan_bfloat16, <Store>store_kahan_bfloat16, 2, 2, 1)
+codecs[KAHAN_FLOAT16] = Codec(<Load>load_kahan_float16, <Store>store_kahan_float16, 2, 2, 1)
+codecs[CHANCE_BFLOAT16] = Codec(<Load>load_bfloat16, <Store>store_chance_bfloat16, 2, 0, 1)
+codecs[CHANCE_FLOAT16] = Codec(<Load>load_float16, <Store>store_chance_float16, 2, 0, 1)
+codecs[SIGNED_CODES] = Codec(<Load>load_signed, <Store>store_signed, 1, 4, storage.GROUP)
+codecs[UNSIGNED_CODES] = Codec(<Load>load_unsigned, <Store>store_unsigned, 1, 4, storage.GROUP)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
 
 cdef void span(floating *restrict p, const floating *restrict g, floating *restrict s, floating *restrict t,
                floating *restrict u, floating *restrict v, Py_ssize_t n, const Numbers *numbers) noexcept nogil:
@@ -115,6 +321,60 @@ cdef void span(floating *restrict p, const floating *restrict g, floating *restr
             p[i] = rules.roof(p[i], g[i], &s[i], &t[i], &u[i], &v[i], &h)
 
 
+ctypedef fused first_type:  # of parameter and gradient; uint16_t is bfloat16
+    float
+    uint16_t
+
+ctypedef fused state_type:
+    float
+    uint16_t
+
+
+cdef inline float loaded(first_type x) noexcept nogil:
+    if first_type is float:
+        return x
+    else:
+        return storage.from_bfloat16(x)
+
+
+cdef inline void put(first_type *to, float x) noexcept nogil:
+    if first_type is float:
+        to[0] = x
+    else:
+        to[0] = storage.to_bfloat16(x)
+
+
+cdef void adam_direct(first_type *restrict p, const first_type *restrict g, state_type *restrict s,
+                      state_type *restrict t, state_type *restrict u, state_type *restrict _1, Py_ssize_t n,
+                      const rules.Adam *numbers, int16_t *restrict low) noexcept nogil:
+    """The rule of Adam on a mix of types."""
+    cdef rules.Adam h = numbers[0]
+    cdef float x, m, v, v_max
+    cdef Py_ssize_t i
+    for i in range(n):
+        m = loaded(s[i])
+        v = loaded(t[i])
+        v_max = 0
+        if h.amsgrad:
+            v_max = loaded(u[i])
+        x = loaded(p[i])
+        if first_type is uint16_t:
+            if low != NULL:
+                x = storage.from_split(p[i], low[i])
+        x = rules.adam(x, loaded(g[i]), &m, &v, &v_max, &h)
+        put(&s[i], m)
+        put(&t[i], v)
+        if h.amsgrad:
+            put(&u[i], v_max)
+        if first_type is uint16_t:
+            if low != NULL:
+                p[i] = storage.to_split(x, &low[i])
+            else:
+                put(&p[i], x)
+        else:
+            put(&p[i], x)
+
+
 cdef int pack(dict scalars, Numbers *numbers) except -1:
     if Numbers is rules.AdamScaled:
         numbers[0] = {**scalars, "mask_factor": 1}
@@ -125,13 +385,18 @@ cdef int pack(dict scalars, Numbers *numbers) except -1:
 
 cdef Kernel kernel(const Numbers *_) noexcept nogil:
     """What runs for a rule; the engine, which does not know the struct of its numbers, hands them on as void *."""
-    return spans(<Span32>span[float, Numbers], <Span64>span[double, Numbers])
+    cdef Kernel found = spans(<Span32>span[float, Numbers], <Span64>span[double, Numbers])
+    if Numbers is rules.Adam:  # the commonest mixes of types
+        found.direct[ALL] = <Direct>adam_direct[uint16_t, uint16_t]
+        found.direct[PARAMETER] = <Direct>adam_direct[uint16_t, float]
+        found.direct[STATE] = <Direct>adam_direct[float, uint16_t]
+    return found
 
 
 cdef Kernel spans(Span32 span32, Span64 span64) noexcept nogil:
     cdef Kernel found
     memset(&found, 0, sizeof(Kernel))
-    found.span32, found.span64 = span32, span64
+    found.span32, found.span64, found.codecs = span32, span64, codecs
     return found
 
 
@@ -208,11 +473,13 @@ cdef void finish(Summing *numbers, const double *sums, Py_ssize_t size) noexcept
 
 cdef Kernel summing_kernel(const Summing *_) noexcept nogil:
     return with_sums(kernel(_), <Reduce32>block_sums[float, Summing], <Reduce64>block_sums[double, Summing],
-                     <Finish>finish[Summing], Summing is rules.Prodigy)
+                     <Finish>finish[Summing], Summing is rules.Prodigy, Summing is not rules.LARS)
 
 
-cdef Kernel with_sums(Kernel found, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint) noexcept nogil:
+cdef Kernel with_sums(Kernel found, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint,
+                      bint moves_state) noexcept nogil:
     found.reduce32, found.reduce64, found.finish, found.joint = reduce32, reduce64, finish, joint
+    found.moves_state = moves_state
     return found
 
 
@@ -299,9 +566,11 @@ cdef int pack_norm(dict scalars, rules.Norm *numbers) except -1:
 
 
 exchange = Rule.make("exchange", (), spans(exchange_span[float], exchange_span[double]), pack_nothing)
+(<Rule>exchange).kernel.writes_both = True
 nothing = Rule.make("nothing", (), spans(nothing_span[float], nothing_span[double]), pack_nothing)
 norm = Rule.make("norm", (), with_sums(
-    (<Rule>nothing).kernel, <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL, False), <Pack>pack_norm)
+    (<Rule>nothing).kernel, <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL, False, False),
+    <Pack>pack_norm)
 
 
 # --- the table: each rule's name and the names of its states ----------------------------------------------------------

@@ -53,6 +53,7 @@ def check_options(options: Mapping[str, Any], own: Mapping[str, Check], usual: M
 
 def check_declaration(cls: type, own: Mapping[str, Check]) -> None:
     """Raise unless each option in the signature of an optimizer with a compiled rule has a check."""
-    options = [*inspect.signature(cls.__init__).parameters][2:]  # type: ignore[misc]
+    parameters = [*inspect.signature(cls.__init__).parameters.values()][2:]  # type: ignore[misc]
+    options = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if unchecked := [name for name in options if name not in own and name not in CHECKS]:
         raise TypeError(f"{cls.__name__}: no check for the option {unchecked[0]!r}, must be in `checks` of the class")

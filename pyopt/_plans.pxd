@@ -12,6 +12,11 @@ cdef class Plan:
     cdef readonly tuple names
     cdef PyObject *name[STATES]
     cdef object first_name
+    cdef readonly dict storage  # None where it is the usual one
+    cdef object master_name  # of what the state keeps beside a short parameter
+    cdef tuple aside_names  # of what it keeps beside its arrays
+    cdef object unsigned  # those that are never negative
+    cdef bint chance
     cdef bint stateless, finite
     cdef object too_large
 

@@ -3,6 +3,7 @@
 from cpython.dict cimport PyDict_Copy, PyDict_GetItemWithError, PyDict_Next, PyDict_Size
 from libc.math cimport isfinite
 
+from pyopt import storage
 from pyopt.checks import plain
 
 
@@ -47,7 +48,7 @@ cdef bint is_as_seen(group, dict seen) except -1:
             return False
         if PyDict_GetItemWithError(seen, <object>key) == value:
             continue
-        if <str><object>key == "params" or <str><object>key == "param_names":
+        if <str><object>key == "params" or <str><object>key == "param_names" or <str><object>key == "rounding_step":
             others += 1
         else:
             return False
@@ -80,7 +81,7 @@ cdef Plan new_plan(optimizer, Py_ssize_t g, group, bint counts_steps):
         raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
     group = PyDict_Copy(group)  # as it is now, whatever other threads do to it
     plan = Plan.__new__(Plan)
-    seen = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    seen = {key: value for key, value in group.items() if key not in ("params", "param_names", "rounding_step")}
     optimizer.check_group(group)
     plan.options = {**optimizer.later, **plain(group)}
     plan.rule = optimizer.rule_of(plan.options)
@@ -94,6 +95,14 @@ cdef Plan new_plan(optimizer, Py_ssize_t g, group, bint counts_steps):
             if plan.first_name is None:
                 plan.first_name = name
     plan.stateless = plan.first_name is None
+    plan.storage = storage.checked(plan.options) or None
+    if plan.storage is not None:
+        plan.master_name = storage.MASTERS.get(plan.storage.get("master"))
+        plan.chance = plan.storage.get("rounding") == "stochastic"
+        if plan.storage.get("state_dtype") == "8bit":
+            storage.check_for("its class", optimizer, plan.storage)
+            plan.unsigned = optimizer.unsigned_states
+            plan.aside_names = tuple([name and f"{name}_absmax" for name in plan.names or ()])
     numbers = numbers_of(plan.options, optimizer.defaults)
     plan.too_large = first_too_large(numbers, optimizer.shared_numbers)
     plan.finite = all([isfinite(x) for x, _, _ in numbers if isinstance(x, float)])

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pyopt import storage
 from pyopt._groups import Group
 from pyopt._options import CHECKS
 from pyopt.checks import count, number
 from pyopt.parameter import (
     Parameter,
     apart_from,
+    check_codes,
+    check_master_values,
     check_state_is_dict,
     check_state_values,
     label,
@@ -197,6 +200,9 @@ def _checked_group(optimizer: Optimizer, what: str, live: Group, saved: Group) -
     for key in saved.keys() & options.keys():
         group[key] = _option(saved[key], options[key])
     group |= {k: v for k, v in optimizer.later.items() if k in options and k not in saved}
+    if not storage.checked(saved):  # how state is stored is no matter of the numbers
+        group |= storage.checked(live)
+    group |= {k: v for k, v in storage.USUAL.items() if k in options and k not in group}
     group |= {k: live[k] for k in ("param_names",) if k in live}
     group["params"] = live["params"]
     try:
@@ -253,7 +259,14 @@ def check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, gro
         entry[name] = check(f"{what}: state_dict: {name}", entry[name])
     needed = set(filter(None, optimizer.state_streams(group)))
     for name in (known - set(numbers)) & (needed | entry.keys()):
-        check_state_values(what, name, entry, p.data)
+        if f"{name}_absmax" in entry and name in entry:
+            check_codes(what, name, entry[name], entry[f"{name}_absmax"], p.data)
+        else:
+            check_state_values(what, name, entry, p.data)
+    if (master := storage.master_of(p.data.dtype.name, storage.checked(group))) is not None:
+        if master not in entry:
+            raise KeyError(f"{what}: state_dict has no {master!r}, only {sorted(map(str, entry))}")
+        check_master_values(what, master, entry[master], p.data)
 
 
 def saved_count(what: str, value: Any) -> int:
@@ -301,7 +314,10 @@ def _fits(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any], data: np.nda
         and not array.dtype.hasobject
         and array.flags.writeable
         and array.flags.aligned
-        and (array.shape != data.shape or same_order(data.shape, array.strides, data.strides))
+        and (
+            array.shape != data.shape
+            or same_order(data.shape, array.strides, data.strides, array.itemsize, data.itemsize)
+        )
     )
 
 

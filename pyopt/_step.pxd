@@ -4,9 +4,10 @@ from cpython.object cimport PyObject
 from libc.stdint cimport uint64_t
 
 from pyopt._asked cimport Asked, Average
-from pyopt._engine cimport AVERAGES, STATES, Averaged, Extras, Numbers, Rule, Work
+from pyopt._engine cimport AVERAGES, STATES, Averaged, Extras, Numbers, Rule, Stored, Work
 from pyopt._lock cimport Lock
 from pyopt._plans cimport Plan
+from pyopt._views cimport View
 
 
 cdef enum:
@@ -43,8 +44,10 @@ cdef struct Row:  # one parameter
     PyObject *entry  # its dict in optimizer.state, NULL while it has none
     PyObject *made  # its first state, a dict, which comes into the entry after the sweep; else NULL
     PyObject *state[STATES]
+    PyObject *aside[1 + STATES]  # what is kept beside the parameter, and beside each state; NULL for nothing
     PyObject *count[COUNTS]
     # Of this step: numbers.
+    bint has_aside
     Route route
     Py_ssize_t group
     Py_ssize_t slot  # of its scalars and its new counts
@@ -79,12 +82,15 @@ cdef class Workspace(Lock):
     cdef Written *known  # what was written when `ordered` was made of it
     cdef Written *ordered
     cdef Averaged *averaged_at  # AVERAGES for each piece of work
-    cdef Py_ssize_t row_capacity, range_capacity, sums_capacity, average_capacity, n_known, version
+    cdef Stored *stored_at  # one for each piece of work
+    cdef Py_ssize_t row_capacity, range_capacity, sums_capacity, average_capacity, stored_capacity, n_known, version
     # Of this step.
     cdef list groups, new_plans, new_counts, slot_errors
     cdef object states
     cdef dict new_copies
     cdef list spares  # floats that make room for others
+    cdef dict kept  # in an exchange, copies of averages that the parameters would round
+    cdef list roundings  # by group, where it rounds by chance: itself, its next count, the key of this step
     cdef tuple count_names, shared_numbers
     cdef int n_counts
     cdef bint counts_steps, armed
@@ -107,6 +113,12 @@ cdef class Workspace(Lock):
     cdef int ask(self, optimizer, Asked asked) except -1
     cdef int ride(self, Average average, Rule rule) except -1
     cdef int take_averages(self, Row *row, Py_ssize_t index) except -1
+    cdef Stored *stored_of(self, Work *work) except NULL
+    cdef int note_element(self, Work *work, int stream, const View *v) except -1
+    cdef bint note_aside(self, Row *row, Py_ssize_t index, Work *work, const View *p) except -1
+    cdef int take_aside(self, Row *row, Plan plan, PyObject *source, Py_ssize_t index) except -1
+    cdef int keep_average(self, Row *row, Average average, array) except -1
+    cdef const char *kept_of(self, Row *row, const View *p) except? NULL
     cdef Averaged *averages_of(self, Py_ssize_t work) except NULL
     cdef int take_norm(self) except -1
     cdef object label_of(self, Py_ssize_t index)
@@ -141,6 +153,8 @@ cdef class Workspace(Lock):
     # What a kind of arrays answers.
     cdef list units(self, list params, Py_ssize_t g, Plan plan)
     cdef int take(self, Row *row, Py_ssize_t index) except -1
+    cdef bint has_master(self, Row *row, Plan plan) except -1
+    cdef int read_view(self, PyObject *array, View *v) except -1
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1
     cdef int check_entry(self, Row *row, Py_ssize_t index) except -1
     cdef bint holds(self, PyObject *entry, name) except -1
@@ -151,6 +165,7 @@ cdef class Workspace(Lock):
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1
     cdef bint look_at(self, Row *row, Py_ssize_t index, Work *work) except -1
     cdef object first_average(self, Row *row, Py_ssize_t index)
+    cdef object copy_of(self, average)
     cdef double left_sum(self, Row *row, double power, double scale) except? -1
     cdef bint has_finite_gradient(self, Row *row) except -1
     cdef int fill(self, list grads) except -1

@@ -24,13 +24,20 @@ from libc.string cimport memcmp, memcpy, memset
 
 from pyopt._asked cimport FILL, KEEP, RAISE, SKIP, Asked, Average
 from pyopt._engine cimport (
-    AVERAGES, ROW_COST, STATES, SUMS, Averaged, Numbers, Outcome, Rule, Work, number_blocks, sweep,
+    AVERAGES, BFLOAT16, CHANCE_BFLOAT16, CHANCE_FLOAT16, FLOAT16, KAHAN_BFLOAT16, KAHAN_FLOAT16, ROW_COST, SIGNED_CODES,
+    SPLIT, STATES, SUMS, UNSIGNED_CODES, Averaged, Numbers, Outcome, Rule, Stored, Work, number_blocks, sweep,
 )
 from pyopt._lock cimport Lock
 from pyopt._norms cimport power_sums
 from pyopt._plans cimport Plan, is_as_seen, new_plan
+from pyopt._storage cimport GROUP as CODE_GROUP
+from pyopt._storage cimport key_of_block, mixed
+from pyopt._views cimport (
+    OF_BFLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, is_dense, is_short, same_order,
+    same_shape,
+)
 
-from pyopt import checks
+from pyopt import checks, storage
 from pyopt._isa import kernels
 from pyopt._norms import clip_factor, norm_of
 from pyopt.parameter import check_state_is_dict, label
@@ -86,6 +93,7 @@ cdef class Workspace(Lock):
         PyMem_Free(self.numbers)
         PyMem_Free(self.sums)
         PyMem_Free(self.averaged_at)
+        PyMem_Free(self.stored_at)
         PyMem_Free(self.written)
         PyMem_Free(self.known)
         PyMem_Free(self.ordered)
@@ -168,6 +176,7 @@ cdef class Workspace(Lock):
 
     def exchange(self, optimizer, Average average):
         """Let the parameters and an average change places."""
+        cdef Py_ssize_t k
         self.begin(True)
         try:
             self.bare = self.exchanging = True
@@ -178,6 +187,12 @@ cdef class Workspace(Lock):
             with nogil:
                 sweep(self.work, self.n_work, self.numbers, NULL, &self.extras)
             average.is_swapped = not average.is_swapped
+            for k in range(self.n_work):
+                param = <object>self.rows[self.work[k].row].param
+                if self.work[k].averaged[0].kept != NULL:
+                    del average.kept[param]
+                elif param in self.kept:
+                    average.kept[param] = self.kept[param]
         finally:
             self.end()
             self.give_back()
@@ -243,6 +258,82 @@ cdef class Workspace(Lock):
             if average.joined and not self.exchanging:
                 weight = average.weight(average.n_averaged - average.joined.get(param, 0))
             self.averaged.append((array, weight))
+            if self.exchanging and self.extras.kernel == &EXCHANGE.kernel:
+                self.keep_average(row, average, array)
+        return 0
+
+    cdef int keep_average(self, Row *row, Average average, array) except -1:
+        """Copy an average that its parameter, in whose place it goes, would round."""
+        cdef View p
+        if self.kept is None:
+            self.kept = {}
+        if self.read_view(row.data, &p) != OTHER and is_short(&p) and <object>row.param not in average.kept:
+            self.kept[<object>row.param] = self.copy_of(array)
+        return 0
+
+    cdef const char *kept_of(self, Row *row, const View *p) except? NULL:
+        """Where the numbers of an average lie that comes back from the place of its parameter; NULL for there."""
+        cdef PyObject *found
+        cdef View k
+        if not self.exchanging or not is_short(p):
+            return NULL
+        found = PyDict_GetItemWithError((<Average>self.averages[0]).kept, <object>row.param)
+        if found == NULL or self.read_view(found, &k) != OF_FLOAT32 or k.size != p.size:
+            return NULL
+        return k.data
+
+    cdef Stored *stored_of(self, Work *work) except NULL:
+        """Where it is noted how the streams of the next piece of work lie in memory."""
+        cdef Stored *stored
+        if self.stored_capacity < self.row_capacity:  # a look does not change that
+            self.stored_at = <Stored *>grown(self.stored_at, self.row_capacity * sizeof(Stored))
+            self.stored_capacity = self.row_capacity
+        stored = &self.stored_at[self.n_work]
+        if work.stored == NULL:
+            memset(stored, 0, sizeof(Stored))
+            work.stored = stored
+        return stored
+
+    cdef bint note_aside(self, Row *row, Py_ssize_t index, Work *work, const View *p) except -1:
+        """Note what is kept beside a parameter and its state; False where it does not go with them."""
+        cdef Plan plan = self.new_plans[row.group]
+        cdef Stored *stored
+        cdef View a
+        cdef int j
+        cdef bint is_bfloat16 = p.element == OF_BFLOAT16
+        if plan.chance and is_short(p):
+            stored = self.stored_of(work)
+            stored.codec[0] = CHANCE_BFLOAT16 if is_bfloat16 else CHANCE_FLOAT16
+            stored.key = key_of_block((<tuple>self.roundings[row.group])[2], index)
+        if row.aside[0] != NULL:
+            stored = self.stored_of(work)
+            stored.codec[0] = (SPLIT if plan.storage["master"] == "split" else
+                               KAHAN_BFLOAT16 if is_bfloat16 else KAHAN_FLOAT16)
+            if (self.read_view(row.aside[0], &a) != (OF_INT16 if stored.codec[0] == SPLIT else p.element)
+                    or stored.codec[0] == SPLIT and not is_bfloat16 or not same_shape(p, &a) or not same_order(p, &a)):
+                return False
+            stored.aside[0] = a.data
+            self.add_written(index, a.data, end_of(&a))
+        for j in range(STATES):
+            if row.aside[1 + j] == NULL:
+                continue
+            stored = self.stored_of(work)
+            if (self.read_view(row.state[j], &a) != OF_UINT8 or not same_shape(p, &a) or not same_order(p, &a)
+                    or p.element == OF_FLOAT64):
+                return False
+            work.stream[2 + j] = a.data
+            self.add_written(index, a.data, end_of(&a))
+            if (self.read_view(row.aside[1 + j], &a) != OF_FLOAT32 or not is_dense(&a)
+                    or a.size != (p.size + CODE_GROUP - 1) // CODE_GROUP):
+                return False
+            stored.codec[2 + j] = UNSIGNED_CODES if plan.names[j] in plan.unsigned else SIGNED_CODES
+            stored.aside[2 + j] = a.data
+            self.add_written(index, a.data, end_of(&a))
+        return True
+
+    cdef int note_element(self, Work *work, int stream, const View *v) except -1:
+        """Note the type of a stream that is of a short one."""
+        self.stored_of(work).codec[stream] = BFLOAT16 if v.element == OF_BFLOAT16 else FLOAT16
         return 0
 
     cdef Averaged *averages_of(self, Py_ssize_t work) except NULL:
@@ -350,7 +441,7 @@ cdef class Workspace(Lock):
         memset(self.cursors, 0, sizeof(self.cursors))
         self.groups = list(optimizer.param_groups)
         self.new_plans, self.new_counts, self.slot_errors = [], [], []
-        self.averaged, self.gradients = [], []
+        self.averaged, self.gradients, self.roundings = [], [], []
         if self.bare or self.averages:
             self.reserve(1)
             self.add_idle_slot()
@@ -359,6 +450,10 @@ cdef class Workspace(Lock):
             group = self.groups[g]
             plan = None if self.bare else self.plan_of(optimizer, g, group)
             self.new_plans.append(plan)
+            self.roundings.append(None)
+            if plan is not None and plan.chance:
+                step = storage.rounding_step(group)
+                self.roundings[g] = group, step + 1, key_of_block(mixed(plan.storage["seed"]), step)
             if self.bare and not isinstance(group, dict):
                 raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
             found = PyDict_GetItemWithError(group, "params")
@@ -388,6 +483,10 @@ cdef class Workspace(Lock):
                 elif self.averages:
                     row.route = KERNEL
                     row.beside = True
+                    if plan is not None and plan.master_name is not None:
+                        found = self.find_entry(params[i])
+                        if found != NULL and isinstance(<object>found, dict):
+                            self.take_aside(row, plan, found, k)
                 if self.averages:
                     self.take_averages(row, k)
                 if row.route == KERNEL and not row.beside:
@@ -419,18 +518,20 @@ cdef class Workspace(Lock):
         cdef PyObject *array
         cdef PyObject *source
         cdef int j
+        cdef bint has_master = plan.master_name is not None and self.has_master(row, plan)
+        first_name = plan.master_name if plan.stateless and has_master else plan.first_name
         if entry != NULL:
             if not isinstance(<object>entry, dict):
                 check_state_is_dict(label(index, <object>row.param), <object>entry)
             hold(&row.entry, <object>entry)
             self.check_entry(row, index)
-        if plan.stateless:
+        if first_name is None:
             return 2
-        if entry == NULL or not self.holds(entry, plan.first_name):
+        if entry == NULL or not self.holds(entry, first_name):
             if entry != NULL:
                 for name in (*self.count_names, *plan.names):
                     if name is not None and self.holds(entry, name):
-                        self.lacks(row, index, plan.first_name)
+                        self.lacks(row, index, first_name)
                         return 2
             hold(&row.made, self.make_state(row, index, plan, optimizer))
             self.unsteady = True
@@ -450,10 +551,29 @@ cdef class Workspace(Lock):
                 self.lacks(row, index, <object>plan.name[j])
                 return 2
             hold(&row.state[j], <object>array)
+        if plan.storage is not None:
+            self.take_aside(row, plan, source, index)
         self.take_arrays(row, index)
         if self.counts_steps and row.route == KERNEL:
             return min(self.read_step(row, index) + 1, MOST_STEPS)
         return 1 if row.made != NULL else 2
+
+    cdef int take_aside(self, Row *row, Plan plan, PyObject *source, Py_ssize_t index) except -1:
+        """Take what the state keeps beside the parameter, and beside each array."""
+        row.has_aside = True
+        cdef PyObject *array
+        cdef int j
+        if plan.master_name is not None and self.has_master(row, plan):
+            array = PyDict_GetItemWithError(<object>source, plan.master_name)
+            if array == NULL:
+                return self.lacks(row, index, plan.master_name)
+            hold(&row.aside[0], <object>array)
+        for j in range(len(plan.aside_names or ())):
+            if row.state[j] != NULL:
+                array = PyDict_GetItemWithError(<object>source, plan.aside_names[j])
+                if array != NULL:  # it is not where there are too few elements
+                    hold(&row.aside[1 + j], <object>array)
+        return 0
 
     cdef PyObject *find_entry(self, param) except? NULL:
         """The entry of optimizer.state, NULL if there is none."""
@@ -544,6 +664,7 @@ cdef class Workspace(Lock):
             row = &self.rows[k]
             w = &self.work[self.n_work]
             w.clears = False
+            w.stored = NULL
             row.work = -1
             if not self.look_at(row, k, w):
                 continue
@@ -721,6 +842,9 @@ cdef class Workspace(Lock):
         cdef Py_ssize_t k
         cdef Average average
         self.armed = False
+        for rounding in self.roundings:
+            if rounding is not None:
+                PyDict_SetItem(<object>(<tuple>rounding)[0], "rounding_step", <object>(<tuple>rounding)[1])
         if self.counts_steps:
             for k in range(self.n_rows):
                 if self.rows[k].route == KERNEL and not self.rows[k].beside:
@@ -765,11 +889,14 @@ cdef class Workspace(Lock):
             let_go(&row.made)
             for j in range(STATES):
                 let_go(&row.state[j])
+            if row.has_aside:
+                for j in range(1 + STATES):
+                    let_go(&row.aside[j])
             for j in range(COUNTS):
                 let_go(&row.count[j])
         self.groups = self.new_plans = self.new_counts = self.slot_errors = self.new_copies = None
         self.states = self.averaged = self.gradients = self.fills = self.drops = None
-        self.shared_numbers = None
+        self.shared_numbers = self.roundings = self.kept = None
         self.counted = NO_AVERAGES
         if self.averages or self.weights:
             self.averages, self.weights = [], []
@@ -798,6 +925,16 @@ cdef class Workspace(Lock):
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         """Check what kind of object a parameter is, and take the array behind it."""
+        raise NotImplementedError
+
+    cdef bint has_master(self, Row *row, Plan plan) except -1:
+        """Whether the parameter is of a type that needs one."""
+        cdef View p
+        return self.read_view(row.data, &p) != OTHER and is_short(&p) and (
+            plan.storage["master"] != "split" or p.element == OF_BFLOAT16)
+
+    cdef int read_view(self, PyObject *array, View *v) except -1:
+        """What an array of any kind is: the type of its elements, OTHER where it cannot be written to as it lies."""
         raise NotImplementedError
 
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
@@ -841,6 +978,10 @@ cdef class Workspace(Lock):
 
     cdef object first_average(self, Row *row, Py_ssize_t index):
         """A copy of a parameter, where its average begins."""
+        raise NotImplementedError
+
+    cdef object copy_of(self, average):
+        """A copy of an average, in its memory order."""
         raise NotImplementedError
 
     cdef double left_sum(self, Row *row, double power, double scale) except? -1:

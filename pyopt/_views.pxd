@@ -3,11 +3,22 @@
 from libc.stdint cimport int64_t
 
 
+cdef enum:  # the type of the elements
+    OTHER
+    OF_FLOAT32
+    OF_FLOAT64
+    OF_BFLOAT16
+    OF_FLOAT16
+    OF_INT16
+    OF_UINT8
+
+
 cdef struct View:  # what a step needs to know of an array
     char *data
     const int64_t *shape
     const int64_t *strides  # in units of `unit` bytes
     int ndim
+    int element
     int itemsize
     int unit
     Py_ssize_t size
@@ -24,12 +35,15 @@ cdef inline bint same_shape(const View *a, const View *b) noexcept nogil:
 
 
 cdef inline bint same_order(const View *a, const View *b) noexcept nogil:
-    """Whether two arrays of one shape and type lay their elements out alike; a length of 1 has no stride."""
+    """Whether two arrays of one shape lay their elements out alike; a length of 1 has no stride."""
+    cdef int64_t of_a = 1, of_b = 1
     cdef int i
     if a.size == 0:
         return True
+    if a.itemsize != b.itemsize:
+        of_a, of_b = b.itemsize // b.unit, a.itemsize // a.unit
     for i in range(a.ndim):
-        if a.strides[i] != b.strides[i] and a.shape[i] > 1:
+        if a.strides[i] * of_a != b.strides[i] * of_b and a.shape[i] > 1:
             return False
     return True
 
@@ -56,6 +70,17 @@ cdef inline bint is_dense(const View *v) noexcept nogil:
         else:
             break
     return expected == v.size * (v.itemsize // v.unit)
+
+
+cdef inline bint is_short(const View *v) noexcept nogil:
+    return v.element == OF_BFLOAT16 or v.element == OF_FLOAT16
+
+
+cdef inline bint go_together(const View *p, const View *other) noexcept nogil:
+    """Whether a rule can step a parameter of one type with a gradient or a state of another."""
+    if p.element == OF_FLOAT64 or other.element == OF_FLOAT64:
+        return p.element == other.element
+    return (p.element == OF_FLOAT32 or is_short(p)) and (other.element == OF_FLOAT32 or is_short(other))
 
 
 cdef inline char *end_of(const View *v) noexcept nogil:

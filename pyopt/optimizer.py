@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
@@ -25,11 +25,15 @@ from pyopt.parameter import (
     apart_from,
     check_data,
     check_gradient,
+    check_long,
     check_no_overlap,
     check_state_is_dict,
     label,
     parameter_ranges,
 )
+from pyopt.storage import USUAL as STORAGE
+from pyopt.storage import Storage, check_for, in_codes, largest, master_of, state_type
+from pyopt.storage import checked as checked_storage
 
 Grads = Iterable[Any] | Mapping[str, Any]
 # The arguments of a step that a hook does not see unless they are given.
@@ -48,6 +52,7 @@ class Optimizer(Hooked):
             in dicts and lists as it may be, whose names are joined by dots ("head.b"); or an iterable of dicts: groups
             with any of these under "params", any of the hyper-parameters, and keys of your own, which are kept.
         defaults: hyper-parameters of groups that do not give their own.
+        storage: how parameters and state lie in memory, where there is a compiled rule: see pyopt.Storage.
 
     Raises:
         TypeError, ValueError: no parameters, a parameter that cannot be updated (see Parameter), twice the same or
@@ -77,6 +82,10 @@ class Optimizer(Hooked):
     shared_numbers: ClassVar[tuple[str, ...]] = ()
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
+    # Whether it steps float16 and bfloat16 too, as every compiled rule does by itself.
+    short_types: ClassVar[bool] = False
+    # Of those that can store state in 8 bits: the arrays that are never negative.
+    unsigned_states: ClassVar[frozenset[str] | None] = None
     # Options that checkpoints of older torch lack, and what they mean there.
     later: ClassVar[Mapping[str, Any]] = LATER
 
@@ -84,15 +93,19 @@ class Optimizer(Hooked):
         super().__init_subclass__(**kwargs)
         if vars(cls).get("rule") is not None:
             check_declaration(cls, cls.checks)
+        if cls.rule is not None and "short_types" not in vars(cls):
+            cls.short_types = cls._move is Optimizer._move
         if cls.rule is not None and tuple(cls.state_names) != cls.rule.states:  # they are tied by their order
             raise TypeError(
                 f"{cls.__name__}: state_names is {tuple(cls.state_names)}, must be those of the rule "
                 f"{cls.rule.name!r}, in its order: {cls.rule.states}"
             )
 
-    def __init__(self, params: Iterable[Any], defaults: Group) -> None:
+    def __init__(self, params: Iterable[Any], defaults: Group, **storage: Unpack[Storage]) -> None:
+        if unknown := sorted(storage.keys() - STORAGE.keys()):
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}")
         groups = as_groups(params)
-        self.defaults = defaults
+        self.defaults = defaults = {**defaults, **checked_storage(storage)}
         self.check_group({"params": [], **defaults})
         self.state: defaultdict[Parameter, dict[str, Any]] = defaultdict(dict)
         self.param_groups: list[Group] = []
@@ -128,9 +141,11 @@ class Optimizer(Hooked):
             group["param_names"] = names
         for key, value in self.defaults.items():
             group.setdefault(key, value)
+        group.update(checked_storage(group))
         if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
             raise ValueError("either all param groups have parameter names or none")
         self.check_group(group)
+        self._check_types(params, len(live))
         check_no_overlap(parameter_ranges([*live, *params]))
         for p, name in zip(params, names or (), strict=False):
             p.name = name if p.name is None else p.name
@@ -144,6 +159,12 @@ class Optimizer(Hooked):
         own = self.rule is None and type(self).update is not Optimizer.update
         usual = {"lr": CHECKS["lr"]} if own else CHECKS
         check_options({key: group[key] for key in self.defaults}, self.checks, usual)
+        check_for(type(self).__name__, self, checked_storage(group))
+
+    def _check_types(self, params: list[Parameter], first: int) -> None:
+        for i, p in enumerate(params, first):
+            if not self.short_types:
+                check_long(label(i, p), p.data, type(self).__name__)
 
     def _parameters(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -264,7 +285,8 @@ class Optimizer(Hooked):
         result = []
         for i, (group, p, grad) in enumerate(rows):
             if grad is not None:
-                g = check_gradient(label(i, p), check_data(label(i, p), p.data), grad)
+                data = check_long(label(i, p), check_data(label(i, p), p.data), type(self).__name__)
+                g = np.asarray(check_gradient(label(i, p), data, grad), data.dtype)
                 result.append(
                     (group, p, apart_from(ranges, g if factor == 1 else np.asarray(g * g.dtype.type(factor))))
                 )
@@ -319,15 +341,24 @@ class Optimizer(Hooked):
 
     def new_state(self, p: Parameter, group: Group) -> dict[str, Any]:
         """The state of a parameter before its first step."""
+        storage = checked_storage(group)
         state: dict[str, Any] = {"step": 0} if self.counts_steps else {}
         for name in self.number_states:
             state[name] = float(self.initial_value(name, group))
         for name in filter(None, self.state_streams(group)):
             value = self.initial_value(name, group)
-            if abs(value) > float(np.finfo(p.data.dtype).max):
+            if in_codes(p.data.size, p.data.flags.c_contiguous, p.data.dtype.name, storage):
+                zero = 0 if name in (self.unsigned_states or ()) else 127
+                state[name] = np.full_like(p.data, zero, np.uint8)
+                state[f"{name}_absmax"] = np.zeros((p.data.size + 255) // 256, np.float32)
+                continue
+            dtype = state_type(p.data.dtype, storage)
+            if abs(value) > largest(dtype):
                 options = {key: value for key, value in group.items() if key in self.defaults}
-                raise ValueError(f"state {name!r} cannot begin at {value!r} in {p.data.dtype}: {options}")
-            state[name] = np.full_like(p.data, value)
+                raise ValueError(f"state {name!r} cannot begin at {value!r} in {dtype}: {options}")
+            state[name] = np.full_like(p.data, value, dtype)
+        if (master := master_of(p.data.dtype.name, storage)) is not None:
+            state[master] = np.zeros_like(p.data, np.int16 if master == "low_bits" else None)
         return state
 
     # --- gradients ----------------------------------------------------------------------------------------------------

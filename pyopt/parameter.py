@@ -11,16 +11,36 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+FLOAT16 = np.dtype(np.float16)
+
+
+def is_short(dtype: np.dtype[Any]) -> bool:
+    """Whether elements are float16 or bfloat16, the one of ml_dtypes: stored so, computed with in float32."""
+    return dtype == FLOAT16 or (dtype.name == "bfloat16" and dtype.type.__module__ == "ml_dtypes")
+
+
+def go_together(dtype: np.dtype[Any], other: np.dtype[Any]) -> bool:
+    """Whether a rule can step a parameter of one type with a gradient or a state of another."""
+    if np.dtype(np.float64) in (dtype, other):
+        return dtype == other
+    return all(each == np.float32 or is_short(each) for each in (dtype, other))
+
+
+def types_beside(dtype: np.dtype[Any]) -> str:
+    """The types that go with a parameter of one, for messages."""
+    return "float64 like the parameter" if dtype == np.float64 else f"float32, float16 or bfloat16 with {dtype}"
 
 
 class Parameter:
     """An array to be optimized, and its gradient.
 
     Args:
-        data: writable float32 or float64 ndarray of any shape, dense in memory (C- or F-contiguous, or a transpose of
-            such). It is not copied: the optimizer writes into it. Each step looks at it anew: a shape or strides that
-            were set in place are followed, and an array that was made read-only is an error that names it.
-        grad: gradient of the loss, same shape and dtype as `data`, in any memory order; None for "none".
+        data: writable float32, float64, float16 or bfloat16 (of ml_dtypes) ndarray of any shape, dense in memory (C- or
+            F-contiguous, or a transpose of such). It is not copied: the optimizer writes into it. Each step looks at it
+            anew: a shape or strides that were set in place are followed, and an array that was made read-only is an
+            error that names it.
+        grad: gradient of the loss, same shape as `data`, in any memory order; None for "none". float64 with float64;
+            with the others float32, float16 or bfloat16.
         name: used in error messages.
 
     Raises:
@@ -113,8 +133,10 @@ def check_data(what: str, data: Any) -> np.ndarray[Any, Any]:
     """The array, if the kernels can walk it."""
     if not isinstance(data, np.ndarray) or isinstance(data, np.ma.MaskedArray):
         raise TypeError(f"{what} is a {type(data).__name__}, must be a numpy.ndarray")
-    if data.dtype not in DTYPES or not data.dtype.isnative:
-        raise TypeError(f"{what} has dtype {data.dtype.str} ({data.dtype}), must be native float32 or float64")
+    if not data.dtype.isnative or not go_together(data.dtype, data.dtype):
+        raise TypeError(
+            f"{what} has dtype {data.dtype.str} ({data.dtype}), must be native float32 or float64, float16 or bfloat16"
+        )
     if not data.flags.writeable:
         raise ValueError(f"{what} is read-only, must be writable")
     if not data.flags.aligned:
@@ -143,22 +165,29 @@ def check_gradient(what: str, data: np.ndarray[Any, Any], grad: Any) -> np.ndarr
         raise TypeError(f"{what}: gradient is a {type(grad).__name__}, must be an array of dtype {data.dtype}")
     grad = np.asarray(grad)
     array: np.ndarray[Any, Any] = grad
-    if array.dtype != data.dtype:
-        raise TypeError(f"{what}: gradient has dtype {array.dtype}, must be {data.dtype} like the parameter")
+    if not array.dtype.isnative or not go_together(data.dtype, array.dtype):
+        raise TypeError(f"{what}: gradient has dtype {array.dtype}, must be {types_beside(data.dtype)}")
     if array.shape != data.shape:
         raise ValueError(f"{what}: gradient has shape {array.shape}, must be {data.shape} like the parameter")
     return array
 
 
+def check_long(what: str, data: np.ndarray[Any, Any], owner: str) -> np.ndarray[Any, Any]:
+    """The array, if it is of a type that code without conversion can step."""
+    if data.dtype not in DTYPES:
+        raise TypeError(f"{what} has dtype {data.dtype}, must be float32 or float64 for {owner}")
+    return data
+
+
 def check_state_values(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any]) -> None:
-    """Raise unless the state has an array of this name with the parameter's shape and dtype."""
+    """Raise unless the state has an array of this name with the parameter's shape and a dtype that goes with its."""
     if name not in state:
         raise KeyError(f"{what}: state has no {name!r}, only {sorted(state)}; was an option that needs it turned on?")
     array = state[name]
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{what}: state {name!r} is a {type(array).__name__}, must be a numpy.ndarray")
-    if array.dtype != data.dtype:
-        raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {data.dtype} like the parameter")
+    if not array.dtype.isnative or not go_together(data.dtype, array.dtype):
+        raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {types_beside(data.dtype)}")
     if array.shape != data.shape:
         raise ValueError(f"{what}: state {name!r} has shape {array.shape}, must be {data.shape} like the parameter")
 
@@ -167,15 +196,57 @@ def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[An
     """Raise unless the state array of this name can be walked together with the parameter."""
     check_state_values(what, name, state, data)
     array = check_data(f"{what}: state {name!r}", state[name])
-    if not same_order(data.shape, array.strides, data.strides):
+    if not same_order(data.shape, array.strides, data.strides, array.itemsize, data.itemsize):
         raise ValueError(
             f"{what}: state {name!r} has strides {array.strides}, must have {data.strides} like the parameter"
         )
 
 
-def same_order(shape: Sequence[int], strides: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two arrays of one shape and dtype lay their elements out alike; a length of 1 has no stride."""
-    return 0 in shape or all(s == t for s, t, n in zip(strides, other, shape, strict=True) if n > 1)
+def check_master(what: str, name: str, array: Any, data: np.ndarray[Any, Any]) -> None:
+    """Raise unless what is kept beside a short parameter can be walked together with it."""
+    check_master_values(what, name, array, data)
+    check_state(what, name, {name: array.view(data.dtype)}, data)
+
+
+def check_master_values(what: str, name: str, array: Any, data: np.ndarray[Any, Any]) -> None:
+    """Raise unless it has the parameter's shape, and its type."""
+    dtype = np.dtype(np.int16) if name == "low_bits" else data.dtype
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != data.shape:
+        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{what}: state {name!r} is {found}, must be {dtype} of shape {data.shape}")
+
+
+def check_codes(what: str, name: str, codes: Any, scales: Any, data: np.ndarray[Any, Any]) -> None:
+    """Raise unless these are a state in 8 bits of a parameter, and its scales."""
+    blocks = (data.size + 255) // 256
+    for key, array, dtype, shape in (
+        (name, codes, np.uint8, data.shape),
+        (f"{name}_absmax", scales, np.float32, (blocks,)),
+    ):
+        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+            raise TypeError(f"{what}: state {key!r} is {found}, must be {np.dtype(dtype)} of shape {shape}")
+    if data.dtype == np.float64 or not (data.flags.c_contiguous and codes.flags.c_contiguous):
+        raise ValueError(f"{what}: state {name!r} is in 8 bits, must be so in C order alone, and not of float64")
+
+
+def check_average(what: str, average: Any, data: np.ndarray[Any, Any]) -> None:
+    """Raise unless an average can be walked together with its parameter: of its type, float32 for a short one."""
+    check_state(what, "average", {"average": average}, data)
+    if average.dtype != (expected := average_type(data.dtype)):
+        raise TypeError(f"{what}: its average has dtype {average.dtype}, must be {expected}")
+
+
+def average_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type of the average of a parameter."""
+    return dtype if dtype in DTYPES else DTYPES[0]
+
+
+def same_order(
+    shape: Sequence[int], strides: Sequence[int], other: Sequence[int], size: int = 1, other_size: int = 1
+) -> bool:
+    """Whether two arrays of one shape, of elements of these sizes, lay them out alike; a length of 1 has no stride."""
+    return 0 in shape or all(s * other_size == t * size for s, t, n in zip(strides, other, shape, strict=True) if n > 1)
 
 
 Range = tuple[int, int, str, int]  # addresses, the end excluded; what lies there, and of which parameter

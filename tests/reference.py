@@ -21,6 +21,11 @@ def lerp(a: Array, b: Array, weight: float) -> Array:
     return a + w * (b - a) if w < 0.5 else b - (1 - w) * (b - a)
 
 
+def between(x: Array, h: State) -> Array:
+    """A state as a pass finds it that reads what was stored: the first, or the second of a rule with sums."""
+    return h["stored"](x) if "stored" in h else x
+
+
 def signed(g: Array, h: State) -> Array:
     return -g if h["maximize"] else g
 
@@ -53,7 +58,7 @@ def lion(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
 def adagrad(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     f = p.dtype.type
     t = s["step"] + 1 if s else 1
-    total = s["sum"] if s else np.full_like(p, h["initial_accumulator_value"])
+    total = s["sum"] if s else between(np.full_like(p, h["initial_accumulator_value"]), h)
     g = penalized(signed(g, h), p, h)
     total = total + g * g
     lr = h["lr"] / (1 + (t - 1) * h["lr_decay"])
@@ -97,6 +102,9 @@ def adam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
         mask = agrees * f(1 / max(mean(agrees), 1e-3))
     kept = 1 - h["lr"] * h["weight_decay"] if h["decoupled_weight_decay"] else 1
     kept = kept if rms == 1 else 1 - (1 - kept) / rms
+    if h["update_clip"] or h["cautious"]:
+        m, root = between(m, h), np.sqrt(between(u, h)) * f(1 / math.sqrt(1 - beta2**t))
+        mask = (m * g > 0) * mask.max() if h["cautious"] and mask.size else mask
     return p * f(kept) - f(h["lr"] / (1 - beta1**t) / rms) * m / (root + f(h["eps"])) * mask, new
 
 
@@ -141,6 +149,8 @@ def lamb(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     u = penalized(f(1 / (1 - beta1**t)) * m / d, p, h)
     of_p, of_u = norm(p), norm(u)
     rate = h["lr"] * (of_p / of_u if h["trust_ratio"] and of_p and of_u else 1)
+    d = np.sqrt(between(v, h)) * f(1 / math.sqrt(1 - beta2**t)) + f(h["eps"])
+    u = penalized(f(1 / (1 - beta1**t)) * between(m, h) / d, p, h)
     return p - f(rate) * u, {"step": t, "exp_avg": m, "exp_avg_sq": v}
 
 
@@ -190,7 +200,7 @@ def prodigy(
     for (p, _), h, (rate, s) in zip(params, groups, before, strict=True):
         f = p.dtype.type
         decay = rate * h["weight_decay"] if h["decoupled_weight_decay"] else 0
-        step = f(rate) * s["exp_avg"] / (np.sqrt(s["exp_avg_sq"]) + f(h["eps"] * d_new))
+        step = f(rate) * between(s["exp_avg"], h) / (np.sqrt(between(s["exp_avg_sq"], h)) + f(h["eps"] * d_new))
         after.append((p * f(1 - decay) - step, s))
     return after, {"d": d_new, "d_numerator": numerator}
 
@@ -278,7 +288,7 @@ def asgd(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
 def rprop(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     f = p.dtype.type
     t, (before,) = started(p, s, "prev")
-    size = s["step_size"] if s else np.full_like(p, h["lr"])
+    size = s["step_size"] if s else between(np.full_like(p, h["lr"]), h)
     g = signed(g, h)
     turn = np.sign(g * before)
     factor = np.select([turn > 0, turn < 0], [f(h["etas"][1]), f(h["etas"][0])], f(1))
@@ -345,7 +355,7 @@ def adan(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
 
 def ftrl(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
     f = p.dtype.type
-    z, n = (s["z"], s["n"]) if s else (np.zeros_like(p), np.full_like(p, h["initial_accumulator_value"]))
+    z, n = (s["z"], s["n"]) if s else (np.zeros_like(p), between(np.full_like(p, h["initial_accumulator_value"]), h))
     g = signed(g, h)
     root = np.sqrt(n + g * g)
     z = z + (g - (root - np.sqrt(n)) * f(1 / h["lr"]) * p)

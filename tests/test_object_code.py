@@ -135,6 +135,14 @@ LOOPS = {
     "exchange": (2, r"\(__pyx_v_q\[__pyx_v_i\]\) = __pyx_v_x;"),
     "add_squares": (2, r"\(__pyx_v_x\[__pyx_v_i\]\) = .* \+ __pyx_fuse_[01]\w*kernels_square\("),
     "magnitudes": (2, r"\(__pyx_v_x\[__pyx_v_i\]\) = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_magnitude\(\("),
+    **{
+        f"load_{name}": (1, rf"\(__pyx_v_to\[__pyx_v_i\]\) = __pyx_f_5pyopt_8_storage_from_{name}\(")
+        for name in ("bfloat16", "float16", "split")
+    },
+    **{
+        f"store_{name}": (1, rf"\(__pyx_v_to\[__pyx_v_i\]\) = __pyx_f_5pyopt_8_storage_to_{name}\(\(__pyx_v_x")
+        for name in ("bfloat16", "float16", "split")
+    },
     "fold": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
     "fold_thrice": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(\(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
 }

@@ -755,7 +755,8 @@ def test_fused_reaches_what_is_left_to_torch(name: str, function: str, dtype: An
     """Half precision beside covered parameters: torch's fused step of these, in its bits."""
     halves = []
     for module in (optim, torch.optim):
-        params = [*new_parameters((70,), (5, 6), dtype=dtype), *new_parameters((4,))]
+        base = new(70, dtype=dtype)  # shared, so that it is left
+        params = [torch.nn.Parameter(base), torch.nn.Parameter(base[:30]), *new_parameters((4,))]
         optimizer = getattr(module, name)(params, lr=0.1, fused=True)
         counts = called([function], lambda o=optimizer: stepped(o, 3))
         assert counts[function] == (3 if module is optim else 6)
@@ -765,7 +766,7 @@ def test_fused_reaches_what_is_left_to_torch(name: str, function: str, dtype: An
 
 
 def test_foreach_reaches_what_is_left_to_torch() -> None:
-    params = new_parameters((70,), (5, 6), dtype=torch.bfloat16)
+    params = [torch.nn.Parameter(new(70, 2, dtype=torch.bfloat16)[:, i]) for i in range(2)]
     counts = called(["_foreach_lerp_"], lambda: stepped(optim.Adam(params, lr=0.1, foreach=True), 3))
     assert counts["_foreach_lerp_"] == 3
 
@@ -775,7 +776,7 @@ def test_fused_gives_way_where_torchs_is_wrong(name: str) -> None:
     """A gradient in another memory order: torch's fused step misreads it, its for-loop does not."""
     results = []
     for module, options in ((optim, {"fused": True}), (torch.optim, {})):
-        p = new_parameters((4, 6), dtype=torch.bfloat16)[0]
+        p = torch.nn.Parameter(new(4, 6, 2, dtype=torch.bfloat16)[..., 1])
         optimizer = getattr(module, name)([p], lr=0.1, **options)
         for seed in range(2):
             p.grad = new(6, 4, dtype=torch.bfloat16, seed=seed).t()
@@ -1068,7 +1069,7 @@ def test_dtype_changes_under_a_gradient_in_another_order(name: str, order: str, 
 
 def two(cls: Any, dtype: Any = torch.bfloat16, **options: Any) -> tuple[Any, Any, Any]:
     """A parameter that is left to torch, then one that is covered."""
-    left, covered = torch.nn.Parameter(torch.ones(2, dtype=dtype)), torch.nn.Parameter(torch.ones(2))
+    left, covered = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype)[:, 1]), torch.nn.Parameter(torch.ones(2))
     return cls([left, covered], lr=0.1, **options), left, covered
 
 
@@ -1078,7 +1079,7 @@ def two(cls: Any, dtype: Any = torch.bfloat16, **options: Any) -> tuple[Any, Any
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Adagrad"])
 def test_step_count_shared_by_a_left_and_a_covered_row(name: str, dtype: Any, left_first: bool) -> None:
     def scenario(cls: Any) -> Any:
-        left, covered = torch.nn.Parameter(torch.ones(2, dtype=dtype)), torch.nn.Parameter(torch.ones(2))
+        left, covered = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype)[:, 1]), torch.nn.Parameter(torch.ones(2))
         optimizer = cls([left, covered] if left_first else [covered, left], lr=0.1)
         for k in range(4):
             left.grad, covered.grad = torch.ones_like(left), torch.full((2,), 1.0 + k)

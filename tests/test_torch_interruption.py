@@ -141,7 +141,7 @@ def loaded(name: str, options: dict[str, Any]) -> Any:
 def mixed(name: str, options: dict[str, Any]) -> Any:
     """One between the others is left to torch."""
     optimizer = made(name, options, 0)
-    half = torch.nn.Parameter(new(3, dtype=torch.bfloat16))
+    half = torch.nn.Parameter(new(3, 2, dtype=torch.bfloat16)[:, 1])
     optimizer.param_groups[0]["params"].insert(1, half)
     if name == "Adagrad":
         optimizer.state[half] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(half)}

@@ -42,6 +42,11 @@ def sparse_gradient(p: Any) -> Any:
     return torch.sparse_coo_tensor([[0, 2]], torch.ones(2, *p.shape[1:], dtype=p.dtype), p.shape, check_invariants=True)
 
 
+def every_other(n: int, dtype: Any) -> Any:
+    """A parameter whose elements do not lie side by side."""
+    return torch.nn.Parameter(new(n, 2, dtype=dtype)[:, 1])
+
+
 def as_subclass(value: Any) -> Any:
     return value.clone().as_subclass(Tagged)
 
@@ -50,8 +55,8 @@ def as_subclass(value: Any) -> Any:
 UNCOVERED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "sparse": (lambda: new_parameters((5, 4))[0], sparse_gradient, "sparse"),
     "complex": (lambda: torch.nn.Parameter(torch.complex(new(5), new(5, seed=1))), torch.ones_like, "complex"),
-    "bfloat16": (lambda: new_parameters((67,), dtype=torch.bfloat16)[0], torch.ones_like, "bfloat16"),
-    "float16": (lambda: new_parameters((67,), dtype=torch.float16)[0], torch.ones_like, "float16"),
+    "bfloat16": (lambda: every_other(67, torch.bfloat16), torch.ones_like, "side by side"),
+    "float16": (lambda: every_other(67, torch.float16), torch.ones_like, "side by side"),
     "subclass": (lambda: torch.nn.Parameter(as_subclass(new(5))), torch.ones_like, "not a plain tensor"),
     "subclass of gradient": (lambda: new_parameters((5,))[0], lambda p: as_subclass(new(5)), "not a plain tensor"),
     "wrapper": (lambda: torch.nn.Parameter(two_tensor(new(5))), torch.ones_like, "not a plain tensor"),

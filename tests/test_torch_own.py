@@ -64,7 +64,9 @@ def test_half_precision_and_complex(core: type[pyopt.Optimizer]) -> None:
         optimizer.step()
         assert half.dtype == torch.bfloat16
         if step == 0:
-            torch.testing.assert_close(half.float(), wide, rtol=2**-8, atol=1e-6)
+            # With sums, the state is rounded before it moves the parameter.
+            rtol = 2**-6 if core.rule.has_sums else 2**-8
+            torch.testing.assert_close(half.float(), wide, rtol=rtol, atol=1e-6)
         torch.testing.assert_close(torch.view_as_real(whole), pairs, rtol=1e-11, atol=1e-13)
 
 

@@ -128,7 +128,7 @@ class PreparedOptimizer(Optimizer):
                 raise KeyError(f"{what}: state_dict has no 'step', only {sorted(map(str, entry))}")
             entry["step"] = _state_dict.saved_count(f"{what}: state_dict: step", entry["step"])
         for name, shape in shapes.items():
-            check_state_values(what, name, entry, blank(p.data, shape))
+            check_own_values(what, name, entry, p.data, shape)
         if foreign := sorted((known & entry.keys()) - {*shapes, *(["step"] if counts else [])}):
             raise ValueError(
                 f"{what}: state_dict has {foreign[0]!r}, which a parameter of shape {p.data.shape} has not"
@@ -140,6 +140,15 @@ def blank(data: Array, shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(np.zeros((), data.dtype), shape)
 
 
+def check_own_values(what: str, name: str, entry: dict[str, Any], data: Array, shape: tuple[int, ...]) -> None:
+    """Raise unless the state has an array of this name and shape, of the parameter's type."""
+    check_state_values(what, name, entry, blank(data, shape))
+    if entry[name].dtype != data.dtype:
+        raise TypeError(
+            f"{what}: state {name!r} has dtype {entry[name].dtype}, must be {data.dtype} like the parameter"
+        )
+
+
 def new_array(data: Array, shape: tuple[int, ...]) -> Array:
     """Zeros, in the memory order of a parameter where they have its shape."""
     return np.zeros_like(data, subok=False) if shape == data.shape else np.zeros(shape, data.dtype)
@@ -148,9 +157,10 @@ def new_array(data: Array, shape: tuple[int, ...]) -> Array:
 def check_state_array(what: str, name: str, entry: dict[str, Any], data: Array, shape: tuple[int, ...]) -> None:
     """Raise unless the state has an array of this name and shape that can be written to where it lies."""
     if shape == data.shape:
+        check_own_values(what, name, entry, data, shape)
         check_state(what, name, entry, data)
         return
-    check_state_values(what, name, entry, blank(data, shape))
+    check_own_values(what, name, entry, data, shape)
     if not check_data(f"{what}: state {name!r}", entry[name]).flags.c_contiguous:
         raise ValueError(f"{what}: state {name!r} has strides {entry[name].strides}, must be in C order")
 

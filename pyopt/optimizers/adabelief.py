@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class AdaBelief(Optimizer):
@@ -20,7 +21,7 @@ class AdaBelief(Optimizer):
         p = p - lr / (1 - betas[0]**t) * m / (sqrt(s) / sqrt(1 - betas[1]**t) + eps)
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: added to the variance in each step, and to its root, >= 0.
@@ -59,6 +60,7 @@ class AdaBelief(Optimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -70,6 +72,7 @@ class AdaBelief(Optimizer):
                 maximize=maximize,
                 decoupled_weight_decay=decoupled_weight_decay,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class Adadelta(Optimizer):
@@ -20,7 +21,7 @@ class Adadelta(Optimizer):
         p = p - lr * d
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: factor of the step, >= 0.
         rho: decay of the two moving means, 0 to 1.
         eps: added inside the roots, >= 0: the first steps have about the size of its root.
@@ -57,8 +58,9 @@ class Adadelta(Optimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize))
+        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize), **storage)
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         return {

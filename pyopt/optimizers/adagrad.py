@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class Adagrad(Optimizer):
@@ -17,7 +18,7 @@ class Adagrad(Optimizer):
         p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         lr_decay: decay of the learning rate with the step count t, >= 0.
         weight_decay: factor of the L2 penalty, >= 0.
@@ -56,6 +57,7 @@ class Adagrad(Optimizer):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -67,6 +69,7 @@ class Adagrad(Optimizer):
                 initial_accumulator_value=initial_accumulator_value,
                 maximize=maximize,
             ),
+            **storage,
         )
         for group in self.param_groups:
             for p in group["params"]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._engine import Rule
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class Adam(Optimizer):
@@ -26,7 +27,7 @@ class Adam(Optimizer):
     [m * g > 0] / max(mean([m * g > 0]), 1e-3): elements do not move against their gradient, the others further.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -59,6 +60,7 @@ class Adam(Optimizer):
 
     rule = kernels.adam
     state_names = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
+    unsigned_states = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
     counts_steps = True
     later = {**Optimizer.later, "update_clip": False, "cautious": False}
 
@@ -75,6 +77,7 @@ class Adam(Optimizer):
         update_clip: bool = False,
         cautious: bool = False,
         decoupled_weight_decay: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -89,6 +92,7 @@ class Adam(Optimizer):
                 cautious=cautious,
                 decoupled_weight_decay=decoupled_weight_decay,
             ),
+            **storage,
         )
 
     def rule_of(self, group: Group) -> Rule:

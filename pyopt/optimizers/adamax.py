@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class Adamax(Optimizer):
@@ -19,7 +20,7 @@ class Adamax(Optimizer):
         p = p - lr / (1 - betas[0]**t) * m / u
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the moving mean and of the maximum, each >= 0 and < 1.
         eps: added to the size of the gradient, >= 0.
@@ -56,8 +57,11 @@ class Adamax(Optimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize), **storage
+        )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt.optimizer import Group
 from pyopt.optimizers.adam import Adam
+from pyopt.storage import Storage
 
 
 class AdamW(Adam):
@@ -48,6 +49,7 @@ class AdamW(Adam):
         maximize: bool = False,
         update_clip: bool = False,
         cautious: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -60,6 +62,7 @@ class AdamW(Adam):
             update_clip=update_clip,
             cautious=cautious,
             decoupled_weight_decay=True,
+            **storage,
         )
 
     def check_group(self, group: Group) -> None:

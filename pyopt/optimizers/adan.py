@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.checks import triple_of_betas
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class Adan(Optimizer):
@@ -23,7 +24,7 @@ class Adan(Optimizer):
         p = p / (1 + lr * weight_decay)
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the three moving means, each >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -62,8 +63,11 @@ class Adan(Optimizer):
         weight_decay: float = 0.02,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize), **storage
+        )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         lr, (beta1, beta2, beta3) = group["lr"], group["betas"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.checks import non_negative, triple_of_betas, warmup
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class AdEMAMix(Optimizer):
@@ -26,7 +27,7 @@ class AdEMAMix(Optimizer):
         1 / log(b) = (1 - s) / log(betas[0]) + s / log(betas[2])
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the fast mean, of the squares and of the slow mean, each >= 0 and < 1.
         alpha: share of the slow mean, >= 0.
@@ -55,6 +56,7 @@ class AdEMAMix(Optimizer):
 
     rule = kernels.ademamix
     state_names = {"exp_avg_fast": None, "exp_avg_slow": None, "exp_avg_sq": None}
+    unsigned_states = frozenset({"exp_avg_sq"})
     counts_steps = True
     checks = {"betas": triple_of_betas, "alpha": non_negative, "beta3_warmup": warmup, "alpha_warmup": warmup}
 
@@ -70,6 +72,7 @@ class AdEMAMix(Optimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -83,6 +86,7 @@ class AdEMAMix(Optimizer):
                 weight_decay=weight_decay,
                 maximize=maximize,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

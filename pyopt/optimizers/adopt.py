@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class ADOPT(Optimizer):
@@ -21,7 +22,7 @@ class ADOPT(Optimizer):
         v = betas[1] * v + (1 - betas[1]) * g**2
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: the least root, >= 0.
@@ -64,6 +65,7 @@ class ADOPT(Optimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -75,6 +77,7 @@ class ADOPT(Optimizer):
                 maximize=maximize,
                 decoupled_weight_decay=decoupled_weight_decay,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class ASGD(Optimizer):
@@ -20,7 +21,7 @@ class ASGD(Optimizer):
         mu = 1 / max(1, t - t0)
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         lambd: decay of the parameters and of the learning rate, >= 0. It works without a gradient, too.
         alpha: power of the decay of the learning rate, 0 to 1.
@@ -60,10 +61,12 @@ class ASGD(Optimizer):
         t0: float = 1e6,
         weight_decay: float = 0,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
             dict(lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay, maximize=maximize),
+            **storage,
         )
 
     def initial_value(self, name: str, group: Group) -> float:

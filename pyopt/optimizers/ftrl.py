@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.checks import non_negative, positive
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class FTRL(Optimizer):
@@ -19,7 +20,7 @@ class FTRL(Optimizer):
         p = (sign(z) * l1 - z) / ((beta + sqrt(n)) / lr + l2)               else
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, > 0.
         l1: the L1 penalty, >= 0: parameters that it outweighs are exactly 0.
         l2: the L2 penalty, >= 0.
@@ -58,6 +59,7 @@ class FTRL(Optimizer):
         initial_accumulator_value: float = 0.1,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -69,6 +71,7 @@ class FTRL(Optimizer):
                 initial_accumulator_value=initial_accumulator_value,
                 maximize=maximize,
             ),
+            **storage,
         )
 
     def initial_value(self, name: str, group: Group) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class LAMB(Optimizer):
@@ -22,7 +23,7 @@ class LAMB(Optimizer):
     and in groups with `trust_ratio=False`, as is usual for biases and the weights of norms.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0: how far a step goes, as a share of the norm of the tensor.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -63,10 +64,12 @@ class LAMB(Optimizer):
         *,
         trust_ratio: bool = True,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
             dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, trust_ratio=trust_ratio, maximize=maximize),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class LARS(Optimizer):
@@ -21,7 +22,7 @@ class LARS(Optimizer):
     `trust_ratio=False`, as is usual for biases and the weights of norms.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         momentum: decay of the momentum, >= 0; 0 keeps none.
         weight_decay: factor of the L2 penalty, >= 0.
@@ -63,6 +64,7 @@ class LARS(Optimizer):
         *,
         trust_ratio: bool = True,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -75,6 +77,7 @@ class LARS(Optimizer):
                 trust_ratio=trust_ratio,
                 maximize=maximize,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

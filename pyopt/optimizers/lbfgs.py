@@ -16,7 +16,15 @@ from pyopt.checks import plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._prepared import in_order
 from pyopt.optimizers.muon import one_of
-from pyopt.parameter import Parameter, check_data, check_gradient, check_no_overlap, label, parameter_ranges
+from pyopt.parameter import (
+    Parameter,
+    check_data,
+    check_gradient,
+    check_long,
+    check_no_overlap,
+    label,
+    parameter_ranges,
+)
 
 Array = np.ndarray[Any, Any]
 # A point on a line: how far, the loss there, the flat gradient, and its product with the direction.
@@ -177,7 +185,7 @@ class Line:
     def __init__(self, params: list[Parameter], closure: Callable[[], Any], maximize: bool) -> None:
         check_no_overlap(parameter_ranges(params))
         self.params, self.closure, self.maximize = params, closure, maximize
-        self.arrays = [check_data(label(i, p), p.data) for i, p in enumerate(params)]
+        self.arrays = [check_long(label(i, p), check_data(label(i, p), p.data), "LBFGS") for i, p in enumerate(params)]
         self.size = sum(array.size for array in self.arrays)
         self.dtype = np.result_type(*self.arrays)
         self.return_to_start = self.way_back()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class Lion(Optimizer):
@@ -17,7 +18,7 @@ class Lion(Optimizer):
         p = (1 - lr * weight_decay) * p - lr * sign(c)
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0; a third to a tenth of what suits AdamW.
         betas: decay of the momentum as the update sees it, and as it is kept; each >= 0 and < 1.
         weight_decay: decoupled decay of the parameters, >= 0; three to ten times of what suits AdamW.
@@ -41,6 +42,7 @@ class Lion(Optimizer):
 
     rule = kernels.lion
     state_names = {"exp_avg": None}
+    unsigned_states = frozenset()
 
     def __init__(
         self,
@@ -50,8 +52,9 @@ class Lion(Optimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize), **storage)
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]

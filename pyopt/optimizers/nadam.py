@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class NAdam(Optimizer):
@@ -22,7 +23,7 @@ class NAdam(Optimizer):
         p = p - (lr * (1 - mu) / (1 - M) * g + lr * mu_next / (1 - M * mu_next) * m) / d
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -64,6 +65,7 @@ class NAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -76,6 +78,7 @@ class NAdam(Optimizer):
                 decoupled_weight_decay=decoupled_weight_decay,
                 maximize=maximize,
             ),
+            **storage,
         )
 
     def initial_value(self, name: str, group: Group) -> float:

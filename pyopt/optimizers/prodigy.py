@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.checks import Check, flag, number, positive
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 def _common(group: Group) -> dict[str, float]:
@@ -65,7 +66,7 @@ class Prodigy(OneDistance, Optimizer):
     a gradient together, in double; so there is one d.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: factor of the rate, >= 0: 1, or a schedule that begins or ends there.
         betas: decay of the two moving means, each >= 0 and < 1.
         beta3: decay of the sums behind d, >= 0 and < 1; None is sqrt(betas[1]).
@@ -121,6 +122,7 @@ class Prodigy(OneDistance, Optimizer):
         d0: float = 1e-6,
         d_coef: float = 1.0,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -139,6 +141,7 @@ class Prodigy(OneDistance, Optimizer):
                 d_numerator=0.0,
                 maximize=maximize,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class RAdam(Optimizer):
@@ -24,7 +25,7 @@ class RAdam(Optimizer):
         p = p - lr / (1 - betas[0]**t) * m                                                  else
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -63,6 +64,7 @@ class RAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -74,6 +76,7 @@ class RAdam(Optimizer):
                 maximize=maximize,
                 decoupled_weight_decay=decoupled_weight_decay,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

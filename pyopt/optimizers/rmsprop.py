@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class RMSprop(Optimizer):
@@ -20,7 +21,7 @@ class RMSprop(Optimizer):
         p = p - lr * b, or p - lr * g / d                without momentum
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         alpha: decay of the moving means, 0 to 1.
         eps: added to the root, >= 0.
@@ -61,6 +62,7 @@ class RMSprop(Optimizer):
         momentum: float = 0,
         centered: bool = False,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -73,6 +75,7 @@ class RMSprop(Optimizer):
                 weight_decay=weight_decay,
                 maximize=maximize,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

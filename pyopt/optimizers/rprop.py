@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class Rprop(Optimizer):
@@ -19,7 +20,7 @@ class Rprop(Optimizer):
         b = g
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: the first step, >= 0.
         etas: the factor that shrinks a step, > 0 and < 1, and the one that lets it grow, > 1.
         step_sizes: the smallest step, > 0, and the largest.
@@ -55,8 +56,9 @@ class Rprop(Optimizer):
         step_sizes: tuple[float, float] = (1e-6, 50),
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize))
+        super().__init__(params, dict(lr=lr, etas=etas, step_sizes=step_sizes, maximize=maximize), **storage)
 
     def initial_value(self, name: str, group: Group) -> float:
         return float(group["lr"]) if name == "step_size" else 0.0

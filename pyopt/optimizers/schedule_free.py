@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.checks import betas as pair_of_betas
 from pyopt.checks import count, flag, non_negative, number
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 Move = tuple[Any, Any, float]  # a parameter, its z, the share of the way to z
 
@@ -129,7 +130,7 @@ class SGDScheduleFree(ScheduleFree):
     ("train_mode" of the groups): save and load parameters and optimizer together.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0; larger than with a schedule.
         momentum: how near to the average gradients are taken, > 0 and < 1.
         weight_decay: factor of the L2 penalty, >= 0.
@@ -175,6 +176,7 @@ class SGDScheduleFree(ScheduleFree):
         weight_lr_power: float = 2,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -188,6 +190,7 @@ class SGDScheduleFree(ScheduleFree):
                 maximize=maximize,
                 train_mode=True,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
@@ -211,7 +214,7 @@ class AdamWScheduleFree(ScheduleFree):
     ("train_mode" of the groups): save and load parameters and optimizer together.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0; one to ten times that of AdamW with a schedule.
         betas: how near to the average gradients are taken, > 0 and < 1, and the decay of the squares, >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -259,6 +262,7 @@ class AdamWScheduleFree(ScheduleFree):
         weight_lr_power: float = 2,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -273,6 +277,7 @@ class AdamWScheduleFree(ScheduleFree):
                 maximize=maximize,
                 train_mode=True,
             ),
+            **storage,
         )
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class SGD(Optimizer):
@@ -17,7 +18,7 @@ class SGD(Optimizer):
         p = p - lr * (b, or g + momentum * b with nesterov; g without momentum)
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer).
+        params: parameters or groups of them (see Optimizer).
         lr: learning rate, >= 0.
         momentum: share of the last update that is kept, >= 0.
         dampening: share of the gradient that is withheld from the momentum.
@@ -44,6 +45,7 @@ class SGD(Optimizer):
 
     rule = kernels.sgd
     state_names = {"momentum_buffer": "momentum"}
+    unsigned_states = frozenset()
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class SGD(Optimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -66,6 +69,7 @@ class SGD(Optimizer):
                 nesterov=nesterov,
                 maximize=maximize,
             ),
+            **storage,
         )
 
     def check_group(self, group: Group) -> None:

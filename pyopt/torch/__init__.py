@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch.optim
 
 from pyopt.decay import no_decay as no_decay
+from pyopt.torch.bitsandbytes import from_bitsandbytes as from_bitsandbytes
+from pyopt.torch.bitsandbytes import to_bitsandbytes as to_bitsandbytes
 from pyopt.torch.clipping import clip_grad_norm_ as clip_grad_norm_
 from pyopt.torch.clipping import clip_grad_value_ as clip_grad_value_
 from pyopt.torch.clipping import clip_grads_with_norm_ as clip_grads_with_norm_

@@ -23,7 +23,10 @@ from pyopt._engine cimport AVERAGES, STATES, Averaged, Rule, Work
 from pyopt._norms cimport Batch
 from pyopt._plans cimport Plan
 from pyopt._step cimport COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Row, Workspace, hold
-from pyopt._views cimport View, end_of, is_dense, same_order, same_shape
+from pyopt._views cimport (
+    OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
+    is_short, same_order, same_shape,
+)
 
 import sys
 from struct import pack
@@ -63,7 +66,10 @@ cdef struct DLPackExchangeAPI:
 
 cdef enum:
     CPU = 1  # kDLCPU
-    FLOAT = 2  # kDLFloat
+    INT = 0  # kDLInt
+    UINT = 1
+    FLOAT = 2
+    BFLOAT = 4
 
 cdef object tensor_type = Tensor
 cdef object parameter_type = Parameter
@@ -197,9 +203,8 @@ def describe(tensor):
 
 
 def is_ordinary(tensor):
-    """Whether a tensor is dense float32 or float64 on the CPU, without the C++ exception that the exchange throws."""
-    return (tensor.layout is torch.strided and tensor.device.type == "cpu"
-            and (tensor.dtype is torch.float32 or tensor.dtype is torch.float64))
+    """Whether a tensor is dense and of floats on the CPU, without the C++ exception that the exchange throws."""
+    return (tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOATS)
 
 
 def as_local(param, *others):
@@ -218,8 +223,26 @@ def distributed_tensor_type():
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+cdef dict ELEMENTS = {torch.float32: OF_FLOAT32, torch.float64: OF_FLOAT64, torch.bfloat16: OF_BFLOAT16,
+                      torch.float16: OF_FLOAT16, torch.int16: OF_INT16, torch.uint8: OF_UINT8}
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+cdef int element_of(int code, int bits) noexcept:
+    if code == FLOAT:
+        return OF_FLOAT32 if bits == 32 else OF_FLOAT64 if bits == 64 else OF_FLOAT16 if bits == 16 else OTHER
+    if code == BFLOAT and bits == 16:
+        return OF_BFLOAT16
+    return OF_INT16 if code == INT and bits == 16 else OF_UINT8 if code == UINT and bits == 8 else OTHER
+
+
 cdef bint view_tensor(PyObject *tensor, View *v, list layouts) except -1:
-    """Read what a tensor is; whether it is one of float32 or float64 on the CPU. layouts holds what v points to."""
+    """Read what a tensor is; whether it is one of floats on the CPU. layouts holds what v points to."""
+    return view_any(tensor, v, layouts) and v.element != OF_INT16 and v.element != OF_UINT8
+
+
+cdef bint view_any(PyObject *tensor, View *v, list layouts) except -1:
+    """The same; whether it is one of a type that a step uses, on the CPU."""
     cdef DLTensor t
     cdef int axis
     v.unit = 0
@@ -227,13 +250,17 @@ cdef bint view_tensor(PyObject *tensor, View *v, list layouts) except -1:
         if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
             PyErr_Clear()  # sparse, meta and other tensors without memory
             return False
-        if t.device_type != CPU or t.type_code != FLOAT or t.type_lanes != 1 or t.type_bits not in (32, 64):
+        v.element = element_of(t.type_code, t.type_bits)
+        if t.device_type != CPU or t.type_lanes != 1 or v.element == OTHER:
             return False
         v.data = <char *>t.data + t.byte_offset
         v.shape, v.strides, v.ndim = t.shape, t.strides, t.ndim
         v.itemsize = t.type_bits // 8
     else:
-        if not is_ordinary(<object>tensor):
+        if (<object>tensor).layout is not torch.strided or (<object>tensor).device.type != "cpu":
+            return False
+        v.element = ELEMENTS.get((<object>tensor).dtype, OTHER)
+        if v.element == OTHER:
             return False
         v.ndim = (<object>tensor).dim()
         layout = pack(f"{2 * v.ndim}q", *(<object>tensor).size(), *(<object>tensor).stride())
@@ -364,6 +391,11 @@ cdef class TensorWorkspace(Workspace):
         row.is_flat = self.folding is not None and self.folding.flat_of(<object>row.param) is not None
         return 0
 
+    cdef int read_view(self, PyObject *tensor, View *v) except -1:
+        if type(<object>tensor) not in (tensor_type, parameter_type) or not view_any(tensor, v, self.layouts):
+            return OTHER
+        return OTHER if <size_t>v.data % v.itemsize else v.element
+
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
         param, grad = <object>row.param, <object>row.grad
         if row.route == LEFT:
@@ -410,7 +442,7 @@ cdef class TensorWorkspace(Workspace):
         return None
 
     cdef object kind_of(self, param):
-        return f"it is a {describe(param)} tensor; pyopt steps dense float32 and float64 on the CPU"
+        return f"it is a {describe(param)} tensor; pyopt steps dense floats on the CPU"
 
     cdef bint holds(self, PyObject *entry, name) except -1:
         cdef PyObject *value = PyDict_GetItemWithError(<object>entry, name)
@@ -437,6 +469,11 @@ cdef class TensorWorkspace(Workspace):
                 if parts is None:
                     return self.leave(row, index, "it is a DTensor, and its state is placed otherwise")
                 hold(&row.state[j], parts[1])
+        if row.aside[0] != NULL:
+            parts = as_local(<object>row.param, <object>row.aside[0])
+            if parts is None:
+                return self.leave(row, index, "it is a DTensor, and its state is placed otherwise")
+            hold(&row.aside[0], parts[1])
         return 0
 
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2:
@@ -454,8 +491,8 @@ cdef class TensorWorkspace(Workspace):
 
     cdef bint view_count(self, Row *row, int j) except -1:
         cdef View c
-        if (type(<object>row.count[j]) is not tensor_type or not self.view(row.count[j], &c) or c.size != 1
-                or <size_t>c.data % c.itemsize):
+        if (type(<object>row.count[j]) is not tensor_type or not self.view(row.count[j], &c) or is_short(&c)
+                or c.size != 1 or <size_t>c.data % c.itemsize):
             return False
         row.count_at[j] = c.data
         row.count_size[j] = c.itemsize
@@ -488,8 +525,10 @@ cdef class TensorWorkspace(Workspace):
             return False
         digest = mixed(mixed(0, row.data), p.data)
         w.size = p.size
-        w.is_double = p.itemsize == 8
+        w.is_double = p.element == OF_FLOAT64
         w.stream[0] = p.data
+        if is_short(&p):
+            self.note_element(w, 0, &p)
         self.add_written(index, p.data, end_of(&p))
         for j in range(0 if row.beside else self.n_counts):
             if self.unsteady and not self.view_count(row, j):
@@ -498,18 +537,29 @@ cdef class TensorWorkspace(Workspace):
             digest = mixed(mixed(digest, row.count[j]), row.count_at[j])
             self.add_written(index, row.count_at[j], row.count_at[j] + row.count_size[j])
         for j in range(STATES):
-            if row.state[j] == NULL:
-                w.stream[2 + j] = NULL
+            w.stream[2 + j] = NULL
+            if row.state[j] == NULL or row.aside[1 + j] != NULL:  # the latter are looked at below
                 continue
             if (type(<object>row.state[j]) is not tensor_type or not self.view(row.state[j], &s)
-                    or s.itemsize != p.itemsize or not same_shape(&p, &s) or not same_order(&p, &s)
+                    or not go_together(&p, &s) or not same_shape(&p, &s) or not same_order(&p, &s)
                     or <size_t>s.data % s.itemsize):
                 name = (<Plan>self.new_plans[row.group]).names[j]
                 self.leave(row, index, f"its state {name!r} is of another dtype, shape or memory order")
                 return False
             digest = mixed(mixed(digest, row.state[j]), s.data)
             w.stream[2 + j] = s.data
+            if is_short(&s):
+                self.note_element(w, 2 + j, &s)
             self.add_written(index, s.data, end_of(&s))
+        if not self.bare and (<Plan>self.new_plans[row.group]).storage is not None:
+            if not self.note_aside(row, index, w, &p):
+                self.leave(row, index, "what its state keeps beside it is of another dtype, shape or memory order")
+                return False
+            for j in range(1 + STATES):
+                if row.aside[j] != NULL:
+                    digest = mixed(mixed(digest, row.aside[j]), w.stored.aside[j if j == 0 else 1 + j])
+                    if j > 0:
+                        digest = mixed(mixed(digest, row.state[j - 1]), w.stream[1 + j])
         if self.averages and not self.look_at_averages(row, index, &p, w, &digest):
             return False
         if not self.look_closer(row, index, digest):
@@ -517,13 +567,15 @@ cdef class TensorWorkspace(Workspace):
         w.stream[1] = NULL
         if row.grad == NULL:
             return True
-        if not self.view(row.grad, &g) or g.itemsize != p.itemsize:
+        if not self.view(row.grad, &g) or not go_together(&p, &g):
             self.leave(row, index, f"its gradient is a {describe(<object>row.grad)} tensor")
             return False
         if not same_shape(&p, &g):
             self.leave(row, index, f"its gradient has shape {tuple((<object>row.grad).shape)}")
             return False
         w.stream[1] = g.data
+        if is_short(&g):
+            self.note_element(w, 1, &g)
         fills = self.clearing == FILL and self.add_gradient(row, index, &g)
         if not row.has_copy:  # row.read stays where the gradient itself lies
             in_order = same_order(&p, &g)
@@ -570,12 +622,13 @@ cdef class TensorWorkspace(Workspace):
                     return False
                 self.averaged[index * n + j] = parts[1], weight
                 tensor = <PyObject *>parts[1]
-            if (type(<object>tensor) is not tensor_type or not self.view(tensor, &a) or a.itemsize != p.itemsize
+            if (type(<object>tensor) is not tensor_type or not self.view(tensor, &a)
+                    or a.element != (OF_FLOAT64 if p.element == OF_FLOAT64 else OF_FLOAT32)
                     or not same_shape(p, &a) or not same_order(p, &a) or <size_t>a.data % a.itemsize):
                 self.leave(row, index, "its average is of another dtype, shape or memory order")
                 return False
             digest[0] = mixed(mixed(digest[0], tensor), a.data)
-            at[j].data, at[j].weight = a.data, weight
+            at[j].data, at[j].weight, at[j].kept = a.data, weight, self.kept_of(row, p)
             self.add_written(index, a.data, end_of(&a))
         return True
 
@@ -586,6 +639,13 @@ cdef class TensorWorkspace(Workspace):
             average = torch.empty_like(param, dtype=torch.promote_types(param.dtype, torch.float32),
                                        memory_format=torch.preserve_format, requires_grad=False)
             return average.copy_(param)
+        finally:
+            set_recording(recording)
+
+    cdef object copy_of(self, average):
+        cdef bint recording = set_recording(False)
+        try:
+            return (average._local_tensor if hasattr(average, "_local_tensor") else average).clone()
         finally:
             set_recording(recording)
 
@@ -648,7 +708,7 @@ cdef class TensorWorkspace(Workspace):
 
     cdef bint look_closer(self, Row *row, Py_ssize_t index, uint64_t digest) except -1:
         """Whether the memory holds the numbers themselves, not their negatives, and may be written to by us."""
-        cdef PyObject *each[1 + COUNTS + STATES + AVERAGES]
+        cdef PyObject *each[1 + COUNTS + STATES + 1 + STATES + AVERAGES]
         cdef int n = 1, j
         each[0] = row.data
         for j in range(0 if row.beside else self.n_counts):
@@ -657,6 +717,10 @@ cdef class TensorWorkspace(Workspace):
         for j in range(STATES):
             if row.state[j] != NULL:
                 each[n] = row.state[j]
+                n += 1
+        for j in range(1 + STATES):
+            if row.aside[j] != NULL:
+                each[n] = row.aside[j]
                 n += 1
         for j in range(len(self.averages)):
             each[n] = <PyObject *>self.averaged[index * len(self.averages) + j][0]
@@ -734,10 +798,11 @@ cdef class TensorWorkspace(Workspace):
         cdef bint recording = set_recording(False)
         guard = torch._C._InferenceMode(False)
         try:
+            grad = <object>row.grad
             if (copy is None or copy.shape != data.shape or copy.stride() != data.stride()
-                    or copy.dtype != data.dtype):
-                copy = torch.empty_like(data, memory_format=torch.preserve_format)
-            copy.copy_(<object>row.grad)
+                    or copy.dtype != grad.dtype):
+                copy = torch.empty_like(data, memory_format=torch.preserve_format, dtype=grad.dtype)
+            copy.copy_(grad)
         finally:
             guard = None
             set_recording(recording)
@@ -766,6 +831,9 @@ cdef class TensorWorkspace(Workspace):
             if row.is_flat:
                 for param in (<Flat>self.folding.flat_of(<object>row.param)).parameters():
                     n = self.touch(n, <PyObject *>param)
+            for j in range(1 + STATES):
+                if row.aside[j] != NULL:
+                    n = self.touch(n, row.aside[j])
         for average, _ in self.averaged:
             n = self.touch(n, <PyObject *>average)
         for k in range(self.n_work):
@@ -840,7 +908,7 @@ cdef class TensorBatch(Batch):
         self.places, self.copied = [], []
         for k in range(len(grads)):
             tensor = <PyObject *>grads[k]
-            if not is_plain(grads[k]) or not view_tensor(tensor, &g, layouts):
+            if not is_plain(grads[k]) or not view_tensor(tensor, &g, layouts) or is_short(&g):
                 continue
             p = g
             if params[k] is not None and not (is_plain(params[k]) and view_tensor(<PyObject *>params[k], &p, layouts)
@@ -877,7 +945,7 @@ def fold_by(function, kind):
 
 
 cdef bint is_elementwise(Plan plan) noexcept:
-    return plan.names is not None and plan.rule.kernel.finish == NULL
+    return plan.names is not None and plan.rule.kernel.finish == NULL and plan.storage is None
 
 
 cdef class Flat:

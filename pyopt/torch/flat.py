@@ -53,7 +53,8 @@ def flatten(params: Iterable[Any]) -> None:
         p = item[1] if isinstance(item, tuple) and len(item) == 2 else item
         if type(p) is not torch.nn.Parameter:
             raise TypeError(f"params[{i}] is a {type(p).__name__}, must be a torch.nn.Parameter")
-        if not is_ordinary(p) or p.is_inference() or p.is_neg():
+        long = p.dtype in (torch.float32, torch.float64)
+        if not is_ordinary(p) or not long or p.is_inference() or p.is_neg():
             raise ValueError(f"params[{i}] is {p.dtype} on {p.device}, must be dense float32 or float64 on the CPU")
         if id(p) in seen:
             raise ValueError(f"params[{i}] stands in the list twice")

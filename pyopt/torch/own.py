@@ -13,7 +13,7 @@ import torch
 
 from pyopt._options import check_options
 from pyopt.checks import plain
-from pyopt.torch.step import KernelStepMixin
+from pyopt.torch.step import KernelStepMixin, signature_of
 
 P = ParamSpec("P")
 Tensor = torch.Tensor
@@ -70,10 +70,10 @@ class ScaledSteps(KernelStepMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        of_torch = inspect.signature(super().__init__)
+        of_torch = signature_of(cls)
         own = [p for p in inspect.signature(ScaledSteps.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        parameters = [*of_torch.parameters.values()][1:]
-        cls.__signature__ = of_torch.replace(parameters=[*parameters, *own])  # type: ignore[attr-defined]
+        *parameters, storage = of_torch.parameters.values()
+        cls.__signature__ = of_torch.replace(parameters=[*parameters, *own, storage])  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, update_clip: bool = False, cautious: bool = False, **kwargs: Any) -> None:
         options = {"update_clip": update_clip, "cautious": cautious}

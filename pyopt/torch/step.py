@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad, profiler
 from torch.optim import optimizer as torch_optimizer
 
 import pyopt
-from pyopt import checks
+from pyopt import checks, storage
 from pyopt._asked import Average, asked
 from pyopt._options import check_options
 from pyopt.torch._tensors import TensorWorkspace
@@ -24,6 +25,7 @@ from pyopt.torch.flat import zero_flattened
 
 Group = dict[str, Any]
 Step = TypeVar("Step", bound=Callable[..., Any])
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 NO_AVERAGES: list[Average] = []
 GLOBAL_PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
@@ -112,9 +114,10 @@ def is_running(call: FrameType) -> bool:
 class KernelStepMixin:
     """Mixin in front of a torch optimizer: its `step`, by the rule of the pyopt optimizer `core`.
 
-    Covered are dense float32 and float64 tensors on the CPU, with gradients of any memory order. What is not (sparse
-    gradients, complex and half precision, other devices, tensor subclasses, `differentiable=True`, parameters whose
-    elements do not lie side by side or that share memory) takes torch's own step; so does all of a step that a
+    Covered are dense tensors of float32, float64, bfloat16 and float16 on the CPU, with gradients of any memory order.
+    The short types are computed in float32 and rounded once, where torch's default rounds after each operation. What is
+    not covered (sparse gradients, complex numbers, other devices, tensor subclasses, `differentiable=True`, parameters
+    whose elements do not lie side by side or that share memory) takes torch's own step; so does all of a step that a
     dispatch mode, a tracer or forward-mode differentiation follows.
     """
 
@@ -130,11 +133,38 @@ class KernelStepMixin:
     grad_scale = FromScaler()
     found_inf = FromScaler()
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        stored = {key: kwargs.pop(key) for key in storage.Storage.__annotations__.keys() & kwargs.keys()}
+        self._check_storage(stored)
+        super().__init__(*args, **kwargs)
+        if stored := storage.checked(stored):  # else the groups are those of torch
+            for group in (self.defaults, *self.param_groups):
+                group.update({**stored, **group})
+        side = self._side(self)
+        for group in self.param_groups:
+            if self.state and storage.checked(group):  # torch's Adagrad makes it at once
+                for p in group["params"]:
+                    self.state[p].update(side.new_state(p, {**side.later, **checks.plain(group)}))
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's; of the options of pyopt.Storage in the group the plain form is kept."""
+        if isinstance(param_group, dict):
+            self._check_storage(param_group)
+        super().add_param_group(param_group)  # type: ignore[misc]
+        self.param_groups[-1].update(storage.checked(self.param_groups[-1]))
+
+    def _check_storage(self, options: Group) -> None:
+        """Raise for an option of pyopt.Storage that is not right, or that the optimizer has not."""
+        storage.check_for(type(self).__name__, self._core, storage.checked(options))
+
     def __init_subclass__(cls, core: type[pyopt.Optimizer] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if core is not None:
             cls._core = core
-            names = ("rule", "counts_steps", "number_states", "shared_numbers", "state_names", "later")
+            if "__init__" not in vars(cls):
+                cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
+            names = ["rule", "counts_steps", "number_states", "shared_numbers", "state_names", "later", "short_types"]
+            names.append("unsigned_states")
             declared = {name: getattr(core, name) for name in names}
             cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
 
@@ -181,7 +211,9 @@ class KernelStepMixin:
 
     def _step_observed(self, grads: list[Any] | None, factor: float) -> None:
         groups = enumerate(self.param_groups)
-        self._step_by_torch([(i, p) for i, group in groups for p in group["params"] if p.grad is not None], factor)
+        left = [(i, p) for i, group in groups for p in group["params"] if p.grad is not None]
+        refuse_storage(self, left, "for a step that a dispatch mode, a tracer or forward-mode differentiation follows")
+        self._step_by_torch(left, factor)
 
     def _stage(self) -> tuple[TensorWorkspace, Side]:
         """The workspace of the steps, and what it asks."""
@@ -208,13 +240,54 @@ class KernelStepMixin:
             return super().state_dict()  # type: ignore[misc, no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, and not in the middle of a step of another thread."""
-        with workspace_of(self):
-            super().load_state_dict(state_dict)  # type: ignore[misc]
+        """As torch's, and not in the middle of a step of another thread.
+
+        The options of pyopt.Storage are the optimizer's own where a group of the checkpoint has none of them. In a
+        group that has any, arrays keep the type in which they were saved; torch's type of the parameter in the others.
+        """
+        vars(self)["_pyopt_loading"] = loading = {"stored": [storage.checked(group) for group in self.param_groups]}
+        capture = self.register_load_state_dict_pre_hook(  # type: ignore[attr-defined]
+            lambda _, state_dict: loading.update(saved=state_dict)
+        )
+        try:
+            with workspace_of(self):
+                super().load_state_dict(state_dict)  # type: ignore[misc]
+        finally:
+            capture.remove()
+            vars(self).pop("_pyopt_loading", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = vars(self).pop("_pyopt_loading", None)
+        if loading is not None:
+            keep_types(loading["saved"], state, loading["stored"])
+        super().__setstate__(state)  # type: ignore[misc]
 
     def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
         """Torch's step on these parameters alone, gradients multiplied by factor."""
         step_by_torch(self, left, factor)
+
+
+def signature_of(cls: type) -> inspect.Signature:
+    """The arguments of the torch class behind one of ours, and those of pyopt.Storage."""
+    base = next(base for base in cls.__mro__ if base.__module__.startswith("torch."))
+    of_torch = inspect.signature(base)
+    core = cls._core  # type: ignore[attr-defined]
+    own = [inspect.Parameter("storage", inspect.Parameter.VAR_KEYWORD)] if core.short_types else []
+    return of_torch.replace(parameters=[*of_torch.parameters.values(), *own])
+
+
+def keep_types(saved: dict[str, Any], state: dict[str, Any], stored: list[dict[str, Any]]) -> None:
+    """Give groups that a checkpoint makes their options of storage, and the state of such the types it was saved in."""
+    for group, saved_group, own in zip(state["param_groups"], saved["param_groups"], stored, strict=True):
+        if not storage.checked(saved_group):
+            group.update({**own, **group})
+        if not storage.checked(group):
+            continue
+        for p, index in zip(group["params"], saved_group["params"], strict=True):
+            entry = state["state"].get(p, {})
+            for name, value in saved["state"].get(index, {}).items():
+                if isinstance(value, torch.Tensor) and name != "step" and entry[name].dtype != value.dtype:
+                    entry[name] = value.to(device=p.device, copy=True)
 
 
 class Side:
@@ -231,6 +304,8 @@ class Side:
     number_states: ClassVar[tuple[str, ...]]
     shared_numbers: ClassVar[tuple[str, ...]]
     state_names: ClassVar[Any]
+    unsigned_states: ClassVar[Any]
+    short_types: ClassVar[bool]
     later: ClassVar[Any]  # what older torch has not in its groups
 
     def __init__(self, optimizer: KernelStepMixin) -> None:
@@ -279,15 +354,45 @@ class Side:
             number = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
             is_torchs = hasattr(torch.optim, self.core.__name__)
             state[name] = torch.tensor(number, dtype=scalar_dtype if is_torchs else torch.float64)
+        stored = storage.checked(group)
+        of_state = "float32" if stored.get("state_dtype") == "8bit" else stored.get("state_dtype")
+        dtype = getattr(torch, of_state or "", p.dtype)
+        in_codes = not p.is_complex() and storage.in_codes(p.numel(), p.is_contiguous(), str(p.dtype)[6:], stored)
+        if in_codes and hasattr(p, "placements"):
+            raise TypeError("a parameter is a DTensor, whose state cannot be in 8 bits")
+        dtype = p.dtype if p.dtype == torch.float64 or p.is_complex() else dtype
         for name in filter(None, self.state_streams(group) or ()):
             value: complex = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
+            if in_codes:
+                zero = 0 if name in (self.unsigned_states or ()) else 127
+                state[name] = torch.full_like(p, zero, memory_format=torch.preserve_format, dtype=torch.uint8)
+                state[f"{name}_absmax"] = torch.zeros((p.numel() + 255) // 256, dtype=torch.float32)
+                continue
             value = complex(value, value) if p.is_complex() else value
-            state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
+            state[name] = torch.full_like(p, value, memory_format=torch.preserve_format, dtype=dtype)
+        if (master := storage.master_of(NAMES.get(p.dtype, ""), stored)) is not None:
+            dtype = torch.int16 if master == "low_bits" else p.dtype
+            state[master] = torch.zeros_like(p, memory_format=torch.preserve_format, dtype=dtype)
         return state
 
     def step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
         """The step of what is left to torch."""
+        refuse_storage(self.optimizer, left, "for a step that is left to torch: see pyopt.torch.explain")
         self.optimizer._step_by_torch(left, factor)
+
+
+def refuse_storage(optimizer: Any, left: list[tuple[int, torch.Tensor]], where: str) -> None:
+    """Raise where torch's step would leave out an option of storage."""
+    for index, p in left:
+        stored = storage.checked(optimizer.param_groups[index])
+        if "state_dtype" in stored or (stored and p.dtype in NAMES):
+            place = next(i for i, other in enumerate(all_of(optimizer)) if other is p)
+            raise RuntimeError(f"parameter {place} has the option {min(stored)!r}, which is not {where}")
+
+
+def all_of(optimizer: Any) -> Iterator[torch.Tensor]:
+    """All parameters, in their order."""
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def workspace_of(optimizer: KernelStepMixin) -> TensorWorkspace:

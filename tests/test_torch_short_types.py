@@ -1,0 +1,310 @@
+"""bfloat16, float16 and 8 bits on tensors: the NumPy side's bits, checkpoints, what keeps weights from stalling."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import pyopt
+from cases import BRIEF, Case
+from pyopt.averaging import EMA
+from torch_or_skip import optim, torch
+
+SHORT = [torch.bfloat16, torch.float16]
+STORED = [
+    {},
+    {"state_dtype": torch.float32},
+    {"state_dtype": "bfloat16"},
+    {"master": "split"},
+    {"master": "kahan"},
+    {"rounding": "stochastic", "seed": 3},
+]
+each_stored = pytest.mark.parametrize("stored", STORED, ids=lambda o: "-".join(map(str, o.values())) or "usual")
+each_short = pytest.mark.parametrize("dtype", SHORT, ids=str)
+
+
+def as_array(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def random(shape: Any, dtype: Any, seed: int) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def stepped(optimizer: Any, steps: int, first: int = 0) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(first, first + steps):
+        for i, p in enumerate(params):
+            p.grad = random(p.shape, p.dtype, 100 * step + i)
+        optimizer.step()
+
+
+def params_of(dtype: Any) -> list[Any]:
+    return [torch.nn.Parameter(random(shape, dtype, i)) for i, shape in enumerate([(5, 7), (), (1200,), (0, 3)])]
+
+
+@each_stored
+@each_short
+@pytest.mark.parametrize("case", [c for c in BRIEF if hasattr(optim, c.optimizer.__name__)], ids=str)
+def test_bits_are_those_of_the_numpy_side(case: Case, dtype: Any, stored: dict[str, Any]) -> None:
+    params = params_of(dtype)
+    arrays = [pyopt.Parameter(as_array(p.detach().clone())) for p in params]
+    tensors = getattr(optim, case.optimizer.__name__)(params, **case.options, **stored)
+    ours = case.optimizer(arrays, **case.options, **stored)
+    for step in range(3):
+        stepped(tensors, 1, step)
+        ours.step(grads=[as_array(p.grad) for p in params])
+    for p, q in zip(params, arrays, strict=True):
+        assert as_array(p).tobytes() == q.data.tobytes()
+        for name, value in tensors.state[p].items():
+            if isinstance(ours.state[q][name], np.ndarray):
+                assert as_array(value).tobytes() == ours.state[q][name].tobytes(), name
+                assert as_array(value).dtype == ours.state[q][name].dtype, name
+
+
+@each_stored
+@pytest.mark.parametrize("dtype", [*SHORT, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Lion", "RMSprop"])
+def test_a_checkpoint_keeps_types_and_bits(name: str, dtype: Any, stored: dict[str, Any]) -> None:
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(optim, name)(params_of(dtype), **options, **stored)
+    stepped(optimizer, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = copy.deepcopy([p for group in optimizer.param_groups for p in group["params"]])
+    again = getattr(optim, name)(twins, **options)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    stepped(optimizer, 3, 3)
+    stepped(again, 3, 3)
+    for p, q in zip(optimizer.state, again.state, strict=True):
+        assert torch.equal(p, q)
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == again.state[q][key].dtype and torch.equal(value, again.state[q][key]), key
+
+
+def test_a_checkpoint_of_torch_and_the_own_options() -> None:
+    """A group of a checkpoint without the options leaves them; without any, types are torch's."""
+    theirs = torch.optim.Adam([torch.nn.Parameter(torch.ones(5))])
+    stepped(theirs, 2)
+    saved = theirs.state_dict()
+    with_option = optim.Adam([torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))], state_dtype="float32")
+    without = optim.Adam([torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))])
+    for optimizer, dtype in ((with_option, torch.float32), (without, torch.bfloat16)):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        (entry,) = optimizer.state.values()
+        assert entry["exp_avg"].dtype == dtype
+        stepped(optimizer, 1)
+    assert with_option.param_groups[0]["state_dtype"] == "float32" and "state_dtype" not in without.param_groups[0]
+
+
+# --- weights that do not stall ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [*STORED[3:], {}], ids=lambda o: "-".join(map(str, o.values())) or "usual")
+def test_a_hundred_small_steps(stored: dict[str, Any]) -> None:
+    """1e-3 a hundred times from 1.0 in bfloat16, whose neighbour below is 0.996: torch stays where it is."""
+    p, q = (torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16)) for _ in range(2))
+    ours, theirs = optim.SGD([p], lr=1e-3, **stored), torch.optim.SGD([q], lr=1e-3)
+    for _ in range(100):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        ours.step()
+        theirs.step()
+    assert (q == 1).all()
+    if not stored:
+        assert (p == 1).all()
+    else:
+        assert abs(p.double().mean().item() - 0.9) < 2e-3
+
+
+def test_split_is_training_in_float32() -> None:
+    """Over 1000 steps: together the halves are the float32 weights, in bits."""
+    start = random(1500, torch.bfloat16, 0)
+    for name in ("SGD", "AdamW"):
+        short, long = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+        ours = getattr(optim, name)([short], lr=1e-3, master="split", state_dtype="float32")
+        plain = getattr(optim, name)([long], lr=1e-3)
+        for step in range(1000):
+            g = random(1500, torch.bfloat16, step)
+            short.grad, long.grad = g, g.float()
+            ours.step()
+            plain.step()
+        low = ours.state[short]["low_bits"]
+        bits = (short.detach().view(torch.int16).int() << 16) + low.int()
+        assert torch.equal(bits, long.detach().view(torch.int32)), name
+        away = (short.detach().float() - long.detach()).abs()  # the upper half alone is rounded to nearest
+        assert (away <= long.detach().abs() * 2.0**-8).all()
+
+
+def test_kahan_is_near_float32() -> None:
+    for dtype in SHORT:
+        start = random(1000, dtype, 0)
+        short, long = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+        ours, plain = optim.AdamW([short], lr=1e-4, master="kahan", state_dtype="float32"), optim.AdamW([long], lr=1e-4)
+        for step in range(200):
+            g = random(1000, dtype, step)
+            short.grad, long.grad = g, g.float()
+            ours.step()
+            plain.step()
+        weight = short.detach().float() + ours.state[short]["compensation"].float()
+        torch.testing.assert_close(weight, long.detach(), rtol=2.0**-12, atol=2e-5)
+
+
+def test_stochastic_rounding_depends_on_seed_step_and_element() -> None:
+    """Not on threads; the next step rounds otherwise, another seed and another parameter too; the mean is right."""
+
+    def run(seed: int, threads: int, steps: int = 1, dtype: Any = torch.bfloat16) -> list[Any]:
+        params = [torch.nn.Parameter(torch.ones(100_000, dtype=dtype)) for _ in range(2)]
+        optimizer = optim.SGD(params, lr=1e-3, rounding="stochastic", seed=seed)
+        with pyopt.num_threads(threads):
+            for _ in range(steps):
+                for p in params:
+                    p.grad = torch.ones_like(p)
+                optimizer.step()
+        assert optimizer.param_groups[0]["rounding_step"] == steps
+        return [p.detach() for p in params]
+
+    one, two = run(0, 1), run(0, 2)
+    assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+    assert not torch.equal(one[0], one[1]) and not torch.equal(one[0], run(1, 1)[0])
+    assert {x.item() for x in one[0].unique()} == {1.0, 1 - 2.0**-8}
+    for dtype in SHORT:
+        for steps in (1, 10):
+            assert abs(run(5, 1, steps, dtype)[0].double().mean().item() - (1 - 1e-3 * steps)) < 3e-5
+    up = (one[0] == 1).double()  # neighbours are independent
+    assert abs(((up[1:] - up.mean()) * (up[:-1] - up.mean())).mean().item()) < 3e-3
+
+
+# --- beside the step --------------------------------------------------------------------------------------------------
+
+
+@each_stored
+@each_short
+def test_clipping_skipping_and_averages(dtype: Any, stored: dict[str, Any]) -> None:
+    p = torch.nn.Parameter(random(3000, dtype, 0))
+    optimizer = optim.AdamW([p], lr=1e-2, **stored)
+    average = EMA(optimizer, decay=0.5)
+    for step in range(4):
+        p.grad = random(3000, dtype, step)
+        expected = p.grad.double().norm().item()
+        optimizer.step(max_norm=1.0, nonfinite="skip", zero_grad=True)
+        assert abs(optimizer.last_grad_norm - expected) < 1e-3 * expected and not p.grad.any()
+    (kept,) = average.averages
+    assert kept.dtype == torch.float32
+    before, weights = kept.clone(), p.detach().clone()
+    p.grad = random(3000, dtype, 9)
+    p.grad[17] = float("inf")
+    optimizer.step(nonfinite="skip")
+    assert optimizer.skipped_steps == 1 and torch.equal(p, weights) and torch.equal(kept, before)
+    with average.swapped():
+        assert torch.equal(p, before.to(dtype))
+    assert torch.equal(p, weights) and torch.equal(kept, before)
+
+
+def test_the_average_of_split_weights_is_that_of_float32() -> None:
+    start = random(1100, torch.bfloat16, 0)
+    short, long = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+    ours, plain = optim.SGD([short], lr=1e-3, master="split"), optim.SGD([long], lr=1e-3)
+    averages = [EMA(o, decay=0.9) for o in (ours, plain)]
+    for step in range(20):
+        g = random(1100, torch.bfloat16, step)
+        short.grad, long.grad = g, g.float()
+        ours.step()
+        plain.step()
+    assert torch.equal(averages[0].averages[0], averages[1].averages[0])
+
+
+def test_grad_scaler_with_float16() -> None:
+    """Infinite gradients of a scale that is too large are skipped, the scale shrinks, and training goes on."""
+    p = torch.nn.Parameter(torch.ones(64, dtype=torch.float16))
+    # Without `fused`, GradScaler unscales gradients itself, and refuses those of float16.
+    optimizer = optim.AdamW([p], lr=1e-2, master="kahan", fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+    moved = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        before = p.detach().clone()
+        scaler.scale((p.float() * 2).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(not torch.equal(p, before))
+    assert moved[:2] == [False, False] and moved[-1] and p.isfinite().all()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (
+            {"state_dtype": "float8"},
+            ValueError,
+            "state_dtype == 'float8', must be None or one of 'float32', ",
+        ),
+        ({"state_dtype": torch.int8}, ValueError, "state_dtype == torch.int8"),
+        ({"master": "float32"}, ValueError, "master == 'float32', must be 'split', 'kahan' or None"),
+        ({"rounding": "up"}, ValueError, "rounding == 'up', must be 'nearest' or 'stochastic'"),
+        ({"rounding": "stochastic", "seed": -1}, ValueError, "seed == -1"),
+        ({"rounding": "stochastic", "master": "split"}, ValueError, "master == 'split' with rounding == 'stochastic'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    for make in (
+        lambda: optim.Adam([torch.nn.Parameter(torch.ones(3))], **options),
+        lambda: optim.Adam([{"params": [torch.nn.Parameter(torch.ones(3))], **options}]),
+        lambda: optim.Lion([torch.nn.Parameter(torch.ones(3))], **options),
+        lambda: pyopt.Adam([np.ones(3)], **options),
+        lambda: pyopt.Adam([{"params": [np.ones(3)], **options}]),
+    ):
+        with pytest.raises(error, match=words.replace("(", r"\(")):
+            make()
+
+
+def test_what_has_no_such_options() -> None:
+    with pytest.raises(TypeError, match="master"):
+        optim.Muon([torch.nn.Parameter(torch.ones(3, 3))], master="kahan")
+    with pytest.raises(TypeError, match="float16, must be float32 or float64 for Muon"):
+        pyopt.Muon([np.ones((3, 3), np.float16)])
+    p = torch.nn.Parameter(torch.ones(4, 2, dtype=torch.bfloat16)[:, 1])
+    optimizer = optim.SGD([p], lr=0.1, master="kahan")
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="parameter 0 has the option 'master', which is not for a step that is left"):
+        optimizer.step()
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "bitsandbytes_0_50.pt"  # made by tools/golden_bitsandbytes.py
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "AdEMAMix", "Lion", "SGD"])
+def test_checkpoints_of_bitsandbytes(name: str) -> None:
+    """Their state after three steps goes on here, and back there in the same codes."""
+    saved = torch.load(GOLDEN, weights_only=True)[name]
+    params = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    optimizer = getattr(optim, name)(params, **({"momentum": 0.9} if name == "SGD" else {}))
+    optimizer.load_state_dict(optim.from_bitsandbytes(saved["state_dict"], optimizer))
+    back = optim.to_bitsandbytes(optimizer)
+    for index, entry in saved["state_dict"]["state"].items():
+        expected = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+        expected.update(entry["__bnb_optimizer_quant_state__"])
+        for key, value in expected.items():
+            found = back["state"][index][key]
+            if name in ("SGD", "Lion") and key == "step":  # they do not count here
+                continue
+            assert torch.equal(torch.as_tensor(found), torch.as_tensor(value)), key
+    for p, g in zip(params, saved["grads"], strict=True):
+        p.grad = g.float()
+    optimizer.step()
+    for p, expected in zip(params, saved["after"], strict=True):
+        torch.testing.assert_close(p.detach().ravel()[:512], expected, rtol=1e-5, atol=1e-6)
