@@ -140,7 +140,10 @@ LOOPS = {
         for name in ("bfloat16", "float16", "split")
     },
     **{
-        f"store_{name}": (1, rf"\(__pyx_v_to\[__pyx_v_i\]\) = __pyx_f_5pyopt_8_storage_to_{name}\(\(__pyx_v_x")
+        f"store_{name}": (
+            1 if name == "split" else 2,
+            rf"\(__pyx_v_to\[__pyx_v_i\]\) = __pyx_f_5pyopt_8_storage_to_{name}\(\(__pyx_v_x",
+        )
         for name in ("bfloat16", "float16", "split")
     },
     "fold": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
