@@ -40,11 +40,14 @@ from pyopt.optimizers.nadam import NAdam as NAdam
 from pyopt.optimizers.prodigy import Prodigy as Prodigy
 from pyopt.optimizers.radam import RAdam as RAdam
 from pyopt.optimizers.rmsprop import RMSprop as RMSprop
+from pyopt.optimizers.rowwise_adagrad import RowwiseAdagrad as RowwiseAdagrad
 from pyopt.optimizers.rprop import Rprop as Rprop
 from pyopt.optimizers.schedule_free import AdamWScheduleFree as AdamWScheduleFree
 from pyopt.optimizers.schedule_free import SGDScheduleFree as SGDScheduleFree
 from pyopt.optimizers.sgd import SGD as SGD
+from pyopt.optimizers.sparse_adam import SparseAdam as SparseAdam
 from pyopt.parameter import Parameter as Parameter
+from pyopt.sparse import RowSparse as RowSparse
 from pyopt.threads import get_num_threads as get_num_threads
 from pyopt.threads import num_threads as num_threads
 from pyopt.threads import set_num_threads as set_num_threads

@@ -10,12 +10,12 @@ from pyopt._asked cimport FILL
 from pyopt._engine cimport STATES, Averaged, Outcome, Work
 from pyopt._norms cimport Batch
 from pyopt._numpy_arrays cimport (
-    NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS,
-    PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
+    NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_INT, NPY_LONG, NPY_LONGLONG, PyArray_DATA,
+    PyArray_DIMS, PyArray_FLAGS, PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
 )
 from pyopt._plans cimport Plan
-from pyopt._step cimport IDLE, MOST_STEPS, Row, Workspace, hold
-from pyopt._views cimport View, end_of, is_dense, same_order, same_shape
+from pyopt._step cimport IDLE, KERNEL, MOST_STEPS, Row, Workspace, hold
+from pyopt._views cimport View, end_of, is_dense, is_in_c_order, is_of_rows, same_order, same_shape
 
 from copy import deepcopy
 
@@ -27,6 +27,7 @@ from pyopt.checks import count as check_count
 from pyopt.parameter import (
     Parameter, check_data, check_gradient, check_no_overlap, check_state, check_state_values, label, overlaps_itself,
 )
+from pyopt.sparse import RowSparse, bad_index, check_rows
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
@@ -34,6 +35,7 @@ cdef extern from "Python.h":
 cdef object array_type = ndarray
 cdef object masked_type = MaskedArray
 cdef object parameter_type = Parameter
+cdef object rows_type = RowSparse
 cdef object fill_array = ndarray.fill
 
 
@@ -61,6 +63,26 @@ cdef int view(PyObject *value, View *v) noexcept:
 cdef bint is_writable(PyObject *value) noexcept:
     cdef int needed = NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED
     return PyArray_FLAGS(<PyArrayObject *>value) & needed == needed
+
+
+cdef int width_of_index(PyObject *value) noexcept:
+    """Bytes of an element of an array of int32 or int64, 0 for another one."""
+    cdef PyArrayObject *array = <PyArrayObject *>value
+    cdef int kind = PyArray_TYPE(array), size = 0
+    if kind == NPY_INT:
+        size = sizeof(int)
+    elif kind == NPY_LONG:
+        size = sizeof(long)
+    elif kind == NPY_LONGLONG:
+        size = sizeof(long long)
+    if (size != 4 and size != 8) or not PyArray_ISNOTSWAPPED(array) or not PyArray_FLAGS(array) & NPY_ARRAY_ALIGNED:
+        return 0
+    return size
+
+
+def descent(indices):
+    """The first place whose index is less than the one before."""
+    return int(np.flatnonzero(np.diff(indices) < 0)[0]) + 1
 
 
 cdef void extent(const View *v, char **begin, char **end) noexcept:
@@ -146,9 +168,31 @@ cdef class ArrayWorkspace(Workspace):
         return 0
 
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
-        if type(<object>row.grad) is not array_type:
+        if type(<object>row.grad) is rows_type:
+            self.take_rows(row, index)
+        elif type(<object>row.grad) is not array_type:
             hold(&row.grad, check_gradient(label(index, <object>row.param), <object>row.data, <object>row.grad))
         return 0
+
+    cdef int take_rows(self, Row *row, Py_ssize_t index) except -1:
+        what = label(index, <object>row.param)
+        if self.bare and not self.bare_rows:
+            raise TypeError(f"{what}: gradient is row-sparse, must be an array for this optimizer")
+        if self.averages:
+            raise ValueError(f"{what}: gradient is row-sparse, which goes with no average: that would move all rows")
+        indices, values = check_rows(what, check_data(what, <object>row.data), <object>row.grad)
+        hold(&row.indices, indices)
+        hold(&row.values, values)
+        row.keeps_gradient = True  # it has no zeros to be filled with
+        return 0
+
+    cdef int refuse_gradient(self, Row *row, Py_ssize_t index, optimizer) except -1:
+        name = type(optimizer).__name__
+        if row.values != NULL:
+            raise TypeError(f"{label(index, <object>row.param)}: gradient is row-sparse, which {name} does not take")
+        kind = type(<object>row.grad).__name__
+        raise TypeError(f"{label(index, <object>row.param)}: gradient is a {kind}, must be a RowSparse for {name}; "
+                        "Adam takes arrays")
 
     cdef int check_entry(self, Row *row, Py_ssize_t index) except -1:
         """Raise where a key is of a subclass of str: to look up a name or store a count would run code of its class."""
@@ -192,7 +236,7 @@ cdef class ArrayWorkspace(Workspace):
         cdef char *begin
         cdef char *end
         cdef int kind, j
-        cdef bint in_order
+        cdef bint in_order, by_row = not row.beside and row.route == KERNEL and self.steps_by_row(row)
         if not is_array(row.data):
             self.refuse(row, index)
         kind = view(row.data, &p)
@@ -212,7 +256,7 @@ cdef class ArrayWorkspace(Workspace):
                 w.stream[2 + j] = NULL
                 continue
             if (not is_array(row.state[j]) or view(row.state[j], &s) != kind or not is_writable(row.state[j])
-                    or not same_shape(&p, &s) or not same_order(&p, &s)):
+                    or not (is_of_rows(&p, &s) if by_row else same_shape(&p, &s) and same_order(&p, &s))):
                 self.refuse(row, index)
             w.stream[2 + j] = s.data
             self.add_written(index, s.data, end_of(&s))
@@ -220,11 +264,18 @@ cdef class ArrayWorkspace(Workspace):
             self.look_at_averages(row, index, &p, kind, w)
         w.stream[1] = NULL
         row.read.begin = row.read.end = NULL
+        if row.values != NULL:
+            self.look_at_values(row, index, &p, kind, w)
+            return True
         if row.grad == NULL:
             return True
         if not is_array(row.grad) or view(row.grad, &g) != kind or not same_shape(&p, &g):
             self.refuse(row, index)
         w.stream[1] = g.data
+        if by_row and not is_in_c_order(&p):
+            self.refuse(row, index)
+        if by_row:
+            self.take_all_rows(row, w, &p)
         in_order = same_order(&p, &g) and <size_t>g.data % g.itemsize == 0
         if self.clearing == FILL and self.add_gradient(row, index, &g):
             w.clears = in_order and not row.has_copy
@@ -236,6 +287,36 @@ cdef class ArrayWorkspace(Workspace):
             row.read.begin = g.data
             row.read.end = end_of(&g)
         return True
+
+    cdef int look_at_values(self, Row *row, Py_ssize_t index, const View *p, int kind, Work *w) except -1:
+        """Look at a row-sparse gradient, and at which rows of the table p it has."""
+        cdef View g, i
+        cdef bint ascending
+        cdef Py_ssize_t wrong, n
+        cdef int itemsize = width_of_index(row.indices), axis
+        view(row.indices, &i)
+        if (view(row.values, &g) != kind or itemsize == 0 or g.ndim != p.ndim or g.ndim == 0
+                or not is_in_c_order(p) or not is_in_c_order(&g)):
+            self.refuse(row, index)
+        n = g.shape[0]
+        if i.ndim != 1 or i.shape[0] != n or i.strides[0] != itemsize and n > 1:
+            self.refuse(row, index)
+        for axis in range(1, g.ndim):
+            if g.shape[axis] != p.shape[axis]:
+                self.refuse(row, index)
+        wrong = self.look_at_rows(row, w, p, i.data, itemsize, n, &ascending)
+        what = None
+        if wrong >= 0:
+            what = label(index, <object>row.param)
+            raise IndexError(bad_index(f"{what}: gradient", <object>row.grad, wrong))
+        if not ascending and (<object>row.grad).is_sorted:
+            what = label(index, <object>row.param)
+            at = descent(<object>row.indices)
+            raise ValueError(f"{what}: gradient: indices descend at place {at}, must not with is_sorted=True")
+        w.stream[1] = g.data
+        row.read.begin = g.data
+        row.read.end = end_of(&g)
+        return 0
 
     cdef bint add_gradient(self, Row *row, Py_ssize_t index, const View *g) except -1:
         """Note that a gradient will be filled with zeros, where it can; whether it will."""
@@ -285,7 +366,7 @@ cdef class ArrayWorkspace(Workspace):
         return 0  # there is none
 
     cdef bint has_finite_gradient(self, Row *row) except -1:
-        return np.isfinite(<object>row.grad).all()
+        return np.isfinite(<object>(row.grad if row.values == NULL else row.values)).all()
 
     cdef int fill(self, list grads) except -1:
         for grad in grads:
@@ -300,8 +381,10 @@ cdef class ArrayWorkspace(Workspace):
         check_data(what, data)
         for j in range(len(names)):
             if row.state[j] != NULL:
-                check_state(what, names[j], {names[j]: <object>row.state[j]}, data)
-        if row.grad != NULL:
+                check_state(what, names[j], {names[j]: <object>row.state[j]}, data, self.steps_by_row(row))
+        if row.values != NULL:
+            check_rows(what, data, <object>row.grad)
+        elif row.grad != NULL:
             check_gradient(what, data, <object>row.grad)
         raise RuntimeError(f"{what} is changed by another thread while the step looks at it")
 
@@ -338,6 +421,11 @@ cdef class ArrayWorkspace(Workspace):
             row = &self.rows[k]
             if not row.must_copy:
                 continue
+            found = True
+            if row.values != NULL:
+                hold(&row.values, (<object>row.values).copy())
+                row.must_copy = False
+                continue
             data = <object>row.data
             grad = check_gradient(label(k, <object>row.param), data, <object>row.grad)
             copy = self.last_copy(k)
@@ -345,7 +433,6 @@ cdef class ArrayWorkspace(Workspace):
                 copy = np.empty_like(data, subok=False)
             np.copyto(copy, grad)
             self.use_copy(row, k, copy)
-            found = True
         return found
 
     cdef int make_counts(self, Row *row) except -1:

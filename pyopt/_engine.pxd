@@ -1,5 +1,7 @@
 # What kernels, table and engine share: the shape of a span, the rule it belongs to, and a step's work.
 
+from pyopt._rows cimport Touched
+
 # One rule over n elements: parameter, gradient and up to four state streams (NULL where the options need none), of
 # one element type. `restrict` on parameters: with more than five streams GCC gives up on run-time alias checks.
 ctypedef void (*Span32)(float *restrict, const float *restrict, float *restrict, float *restrict, float *restrict,
@@ -17,6 +19,10 @@ ctypedef void (*Reduce64)(double *restrict, const double *restrict, double *rest
 # Makes of the sums over a tensor, and its size, the numbers of its step.
 ctypedef void (*Finish)(void *, const double *, Py_ssize_t) noexcept nogil
 
+# As that, of a rule that steps row by row: of the sums over a row, its size and the row's own number, which it updates.
+ctypedef void (*FinishRow32)(void *, const double *, Py_ssize_t, float *) noexcept nogil
+ctypedef void (*FinishRow64)(void *, const double *, Py_ssize_t, double *) noexcept nogil
+
 # Writes a dict of numbers into the C struct of a rule (at most SCALARS doubles); Cython checks names and types.
 ctypedef int (*Pack)(dict, void *) except -1
 
@@ -26,6 +32,7 @@ cdef enum:
     ROW_COST = 64  # what a tensor costs beyond its elements, in elements
     BLOCK = 1024  # elements that are summed together, counted from the start of the tensor
     SUMS = 2  # quantities that a rule sums
+    TOUCH_COST = 64  # what a row of a table costs beyond its elements, in elements: it lies alone in memory
     AVERAGES = 4  # of each parameter, at most
 
 
@@ -36,6 +43,8 @@ cdef struct Kernel:  # what runs for a rule
     Reduce64 reduce64
     Finish finish
     bint joint  # the sums go over all tensors of the step, not over each by itself
+    FinishRow32 finish_row32  # NULL but in a rule that steps row by row: its first state has one number for each
+    FinishRow64 finish_row64
 
 
 cdef struct Averaged:  # an average of one tensor
@@ -46,12 +55,13 @@ cdef struct Averaged:  # an average of one tensor
 cdef struct Work:  # one tensor of one step
     Py_ssize_t start  # the cost of all tensors before it, in elements
     Py_ssize_t size
+    const Touched *touched  # the rows of it that are stepped, NULL for all of it as one stretch of memory
     Py_ssize_t slot  # which of the step's sets of numbers
     Py_ssize_t row  # which of the step's parameters
     Py_ssize_t block  # the number of blocks before it, where there are sums
     bint is_double
     bint clears  # fills its gradient with zeros when it has been used
-    void *stream[2 + STATES]
+    void *stream[2 + STATES]  # parameter, gradient (of touched rows: their values), states
     const Averaged *averaged  # the averages of the parameter, where there are extras
 
 
@@ -65,10 +75,15 @@ cdef struct Extras:  # what a sweep does beside the rules
     const Kernel *kernel  # of an average and the tensor
 
 
+cdef Py_ssize_t cost_of(const Work *w) noexcept nogil
+cdef Py_ssize_t blocks_of(const Work *w) noexcept nogil
 cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil
 cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums,
                 const Extras *extras) noexcept nogil
 cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm, double *sums) noexcept nogil
+
+# The gradient of n elements, at most BLOCK, of the k-th touched row; room has as many doubles.
+cdef const void *sum_values(const Work *w, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n, double *room) noexcept nogil
 
 # A piece of work of another kind than a span, by its number.
 ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil
@@ -86,6 +101,7 @@ cdef class Rule:
     @staticmethod
     cdef Rule make(str name, tuple states, Span32 span32, Span64 span64, Pack pack)
     cdef Rule after_sums(self, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint=*)
+    cdef Rule row_by_row(self, Reduce32 reduce32, Reduce64 reduce64, FinishRow32 finish32, FinishRow64 finish64)
 
 
 cdef class Outcome:

@@ -7,7 +7,9 @@ from libc.math cimport isinf, pow
 from libc.string cimport memset
 
 from pyopt cimport _rules as rules
-from pyopt._engine cimport BLOCK, Finish, Pack, Reduce32, Reduce64, Rule, Span32, Span64
+from pyopt._engine cimport (
+    BLOCK, Finish, FinishRow32, FinishRow64, Pack, Reduce32, Reduce64, Rule, Span32, Span64,
+)
 from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
 
@@ -21,6 +23,8 @@ ctypedef fused Numbers:  # of each rule: their struct says which one it is
     rules.RMSprop
     rules.Adamax
     rules.Adam
+    rules.SparseAdam
+    rules.RowwiseAdagrad
     rules.AdaBelief
     rules.RAdam
     rules.NAdam
@@ -73,6 +77,10 @@ cdef void span(floating *restrict p, const floating *restrict g, floating *restr
             p[i] = rules.adamax(p[i], g[i], &s[i], &t[i], &h)
         elif Numbers is rules.Adam:
             p[i] = rules.adam(p[i], g[i], &s[i], &t[i], &u[i], &h)
+        elif Numbers is rules.SparseAdam:
+            p[i] = rules.sparse_adam(p[i], g[i], &s[i], &t[i], &h)
+        elif Numbers is rules.RowwiseAdagrad:
+            p[i] = rules.rowwise_adagrad(p[i], g[i], &h)
         elif Numbers is rules.AdaBelief:
             p[i] = rules.adabelief(p[i], g[i], &s[i], &t[i], &h)
         elif Numbers is rules.RAdam:
@@ -201,6 +209,24 @@ cdef Rule summing_rule(str name, tuple states, const Summing *_, bint joint=Fals
     )
 
 
+# --- the rules that need sums over rows -------------------------------------------------------------------------------
+
+cdef void row_sums(floating *restrict p, const floating *restrict g, floating *restrict _1, floating *restrict _2,
+                   floating *restrict _3, floating *restrict _4, Py_ssize_t n, const rules.RowwiseAdagrad *numbers,
+                   double *sums) noexcept nogil:
+    cdef rules.RowwiseAdagrad h = numbers[0]
+    cdef double x[BLOCK]
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = rules.rowwise_adagrad_term(p[i], g[i], &h)
+    sums[0] = folded(x, n)
+    sums[1] = 0
+
+
+cdef void finish_row(rules.RowwiseAdagrad *numbers, const double *sums, Py_ssize_t size, floating *s) noexcept nogil:
+    rules.rowwise_adagrad_finish(numbers, sums[0], size, s)
+
+
 # --- no rules ---------------------------------------------------------------------------------------------------------
 
 cdef void exchange_span(floating *restrict p, const floating *restrict g, floating *restrict _1, floating *restrict _2,
@@ -296,6 +322,7 @@ adadelta = rule("adadelta", ("square_avg", "acc_delta"), <rules.Adadelta *>NULL)
 rmsprop = rule("rmsprop", ("square_avg", "momentum_buffer", "grad_avg"), <rules.RMSprop *>NULL)
 adamax = rule("adamax", ("exp_avg", "exp_inf"), <rules.Adamax *>NULL)
 adam = rule("adam", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), <rules.Adam *>NULL)
+sparse_adam = rule("sparse_adam", ("exp_avg", "exp_avg_sq"), <rules.SparseAdam *>NULL)
 adabelief = rule("adabelief", ("exp_avg", "exp_avg_var"), <rules.AdaBelief *>NULL)
 radam = rule("radam", ("exp_avg", "exp_avg_sq"), <rules.RAdam *>NULL)
 nadam = rule("nadam", ("exp_avg", "exp_avg_sq"), <rules.NAdam *>NULL)
@@ -310,6 +337,9 @@ adam_scaled = summing_rule("adam_scaled", ("exp_avg", "exp_avg_sq", "max_exp_avg
 lars = summing_rule("lars", ("momentum_buffer",), <rules.LARS *>NULL)
 lamb = summing_rule("lamb", ("exp_avg", "exp_avg_sq"), <rules.LAMB *>NULL)
 prodigy = summing_rule("prodigy", ("exp_avg", "exp_avg_sq", "s", "p0"), <rules.Prodigy *>NULL, joint=True)
+rowwise_adagrad = rule("rowwise_adagrad", ("sum",), <rules.RowwiseAdagrad *>NULL).row_by_row(
+    <Reduce32>row_sums[float], <Reduce64>row_sums[double], <FinishRow32>finish_row[float],
+    <FinishRow64>finish_row[double])
 average = rule("average", (), <rules.Average *>NULL)
 scale = rule("scale", (), <rules.Scale *>NULL)
 clamp = rule("clamp", (), <rules.Clamp *>NULL)

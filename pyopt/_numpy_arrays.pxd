@@ -9,6 +9,9 @@ cdef extern from "numpy/ndarraytypes.h" nogil:
     ctypedef Py_ssize_t npy_intp  # of the same size; NumPy calls it its own
 
     enum:
+        NPY_INT
+        NPY_LONG
+        NPY_LONGLONG
         NPY_FLOAT
         NPY_DOUBLE
         NPY_ARRAY_ALIGNED

@@ -12,7 +12,7 @@ cdef class Plan:
     cdef readonly tuple names
     cdef PyObject *name[STATES]
     cdef object first_name
-    cdef bint stateless, finite
+    cdef bint stateless, finite, takes_rows
     cdef object too_large
 
 

@@ -253,7 +253,7 @@ def check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, gro
         entry[name] = check(f"{what}: state_dict: {name}", entry[name])
     needed = set(filter(None, optimizer.state_streams(group)))
     for name in (known - set(numbers)) & (needed | entry.keys()):
-        check_state_values(what, name, entry, p.data)
+        check_state_values(what, name, entry, p.data, optimizer.rule is not None and optimizer.rule.by_row)
 
 
 def saved_count(what: str, value: Any) -> int:
@@ -301,7 +301,7 @@ def _fits(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any], data: np.nda
         and not array.dtype.hasobject
         and array.flags.writeable
         and array.flags.aligned
-        and (array.shape != data.shape or same_order(data.shape, array.strides, data.strides))
+        and (same_order(data.shape, array.strides, data.strides) if array.shape == data.shape else array.flags.forc)
     )
 
 

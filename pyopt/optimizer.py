@@ -30,6 +30,7 @@ from pyopt.parameter import (
     label,
     parameter_ranges,
 )
+from pyopt.sparse import RowSparse
 
 Grads = Iterable[Any] | Mapping[str, Any]
 # The arguments of a step that a hook does not see unless they are given.
@@ -75,6 +76,8 @@ class Optimizer(Hooked):
     # Numbers that a rule makes of all parameters of a step together, kept in every group as options are: the first
     # fields of its struct.
     shared_numbers: ClassVar[tuple[str, ...]] = ()
+    # Whether gradients must be row-sparse; whether they may be says `takes_rows`.
+    needs_rows: ClassVar[bool] = False
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Options that checkpoints of older torch lack, and what they mean there.
@@ -287,6 +290,10 @@ class Optimizer(Hooked):
         """The rule for a group; options can ask for the one that needs sums over whole tensors, `rule.summing`."""
         return self.rule
 
+    def takes_rows(self, group: Group) -> bool:
+        """Whether gradients may be row-sparse (RowSparse): the rule is then run on the touched rows alone."""
+        return self.needs_rows
+
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
 
@@ -327,7 +334,10 @@ class Optimizer(Hooked):
             if abs(value) > float(np.finfo(p.data.dtype).max):
                 options = {key: value for key, value in group.items() if key in self.defaults}
                 raise ValueError(f"state {name!r} cannot begin at {value!r} in {p.data.dtype}: {options}")
-            state[name] = np.full_like(p.data, value)
+            if self.rule is not None and self.rule.by_row:
+                state[name] = np.full(p.data.shape[:1], value, p.data.dtype)
+            else:
+                state[name] = np.full_like(p.data, value)
         return state
 
     # --- gradients ----------------------------------------------------------------------------------------------------
@@ -342,6 +352,8 @@ class Optimizer(Hooked):
         for p in self._parameters():
             if set_to_none:
                 p.grad = None
+            elif isinstance(p.grad, RowSparse):  # no row has a gradient
+                p.grad = RowSparse(p.grad.indices[:0], p.grad.values[:0], p.grad.shape)
             elif isinstance(p.grad, np.ndarray) and p.grad.flags.writeable:
                 p.grad.fill(0)
             elif p.grad is not None:  # a NumPy scalar, or an array of another library

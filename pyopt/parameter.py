@@ -127,6 +127,14 @@ def check_data(what: str, data: Any) -> np.ndarray[Any, Any]:
     return data
 
 
+def check_c_order(what: str, data: np.ndarray[Any, Any]) -> None:
+    """Raise unless the rows of a table lie one behind the other."""
+    if not data.flags.c_contiguous:
+        raise ValueError(
+            f"{what} has shape {data.shape} and strides {data.strides}, must be in C order to be stepped row by row"
+        )
+
+
 def is_dense(shape: Sequence[int], strides: Sequence[int], unit: int) -> bool:
     """Whether the elements, each as long as `unit` in the strides, lie side by side, in any order of the axes."""
     expected = unit
@@ -150,8 +158,10 @@ def check_gradient(what: str, data: np.ndarray[Any, Any], grad: Any) -> np.ndarr
     return array
 
 
-def check_state_values(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any]) -> None:
-    """Raise unless the state has an array of this name with the parameter's shape and dtype."""
+def check_state_values(
+    what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any], by_row: bool = False
+) -> None:
+    """Raise unless the state has an array of this name with the parameter's shape and dtype, or a number per row."""
     if name not in state:
         raise KeyError(f"{what}: state has no {name!r}, only {sorted(state)}; was an option that needs it turned on?")
     array = state[name]
@@ -159,14 +169,19 @@ def check_state_values(what: str, name: str, state: dict[str, Any], data: np.nda
         raise TypeError(f"{what}: state {name!r} is a {type(array).__name__}, must be a numpy.ndarray")
     if array.dtype != data.dtype:
         raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {data.dtype} like the parameter")
-    if array.shape != data.shape:
+    if by_row and array.shape != data.shape[:1]:
+        raise ValueError(f"{what}: state {name!r} has shape {array.shape}, must be {data.shape[:1]}: a number per row")
+    if not by_row and array.shape != data.shape:
         raise ValueError(f"{what}: state {name!r} has shape {array.shape}, must be {data.shape} like the parameter")
 
 
-def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any]) -> None:
+def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any], by_row: bool = False) -> None:
     """Raise unless the state array of this name can be walked together with the parameter."""
-    check_state_values(what, name, state, data)
+    check_state_values(what, name, state, data, by_row)
     array = check_data(f"{what}: state {name!r}", state[name])
+    if by_row:
+        check_c_order(what, data)
+        return
     if not same_order(data.shape, array.strides, data.strides):
         raise ValueError(
             f"{what}: state {name!r} has strides {array.strides}, must have {data.strides} like the parameter"
