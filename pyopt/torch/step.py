@@ -112,10 +112,11 @@ def is_running(call: FrameType) -> bool:
 class KernelStepMixin:
     """Mixin in front of a torch optimizer: its `step`, by the rule of the pyopt optimizer `core`.
 
-    Covered are dense float32 and float64 tensors on the CPU, with gradients of any memory order. What is not (sparse
-    gradients, complex and half precision, other devices, tensor subclasses, `differentiable=True`, parameters whose
-    elements do not lie side by side or that share memory) takes torch's own step; so does all of a step that a
-    dispatch mode, a tracer or forward-mode differentiation follows.
+    Covered are dense float32 and float64 tensors on the CPU, with gradients of any memory order, and in SGD, Adagrad,
+    SparseAdam, FTRL and RowwiseAdagrad with sparse ones of rows, unless momentum or weight decay would move other rows
+    too. What is not (other sparse gradients, complex and half precision, other devices, tensor subclasses,
+    `differentiable=True`, parameters whose elements do not lie side by side or that share memory) takes torch's own
+    step; so does all of a step that a dispatch mode, a tracer or forward-mode differentiation follows.
     """
 
     _core: ClassVar[type[pyopt.Optimizer]]
@@ -134,8 +135,9 @@ class KernelStepMixin:
         super().__init_subclass__(**kwargs)
         if core is not None:
             cls._core = core
-            names = ("rule", "counts_steps", "number_states", "shared_numbers", "state_names", "later")
+            names = ("rule", "counts_steps", "number_states", "shared_numbers", "state_names", "later", "needs_rows")
             declared = {name: getattr(core, name) for name in names}
+            declared["has_int_steps"] = core is pyopt.SparseAdam
             cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
 
     @hooked_where_somebody_looks
@@ -232,6 +234,8 @@ class Side:
     shared_numbers: ClassVar[tuple[str, ...]]
     state_names: ClassVar[Any]
     later: ClassVar[Any]  # what older torch has not in its groups
+    needs_rows: ClassVar[bool]
+    has_int_steps: ClassVar[bool] = False  # torch.optim.SparseAdam alone counts in ints
 
     def __init__(self, optimizer: KernelStepMixin) -> None:
         self.optimizer = optimizer
@@ -261,6 +265,11 @@ class Side:
         """The state behind each stream of the rule, None for a group that is left to torch."""
         return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
 
+    def takes_rows(self, group: Group) -> bool:
+        """Whether the kernels step the rows of a sparse gradient as torch does: momentum and decay move all others."""
+        moves_others = hasattr(torch.optim, self.core.__name__) and (group.get("momentum") or group.get("weight_decay"))
+        return not moves_others and self.core.takes_rows(self, group)  # type: ignore[arg-type]
+
     @staticmethod
     def reason(group: Group) -> str | None:
         """Why a whole group is left to torch."""
@@ -274,13 +283,16 @@ class Side:
         # torch's Adagrad takes it from the defaults, whatever the group says.
         options = self.defaults if self.core is pyopt.Adagrad else group
         if self.counts_steps:
-            state["step"] = torch.zeros((), dtype=scalar_dtype)
+            state["step"] = 0 if self.has_int_steps else torch.zeros((), dtype=scalar_dtype)
         for name in self.number_states:
             number = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
             is_torchs = hasattr(torch.optim, self.core.__name__)
             state[name] = torch.tensor(number, dtype=scalar_dtype if is_torchs else torch.float64)
         for name in filter(None, self.state_streams(group) or ()):
             value: complex = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
+            if self.rule.by_row:
+                state[name] = torch.full(p.shape[:1], value, dtype=p.dtype.to_real(), device=p.device)
+                continue
             value = complex(value, value) if p.is_complex() else value
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format)
         return state
