@@ -30,7 +30,7 @@ X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
 MODULES = [
-    *["_xxh64", "_rows", "_engine", "_kernels", *LEVELS, "_matrix", "_norms"],
+    *["_xxh64", "_rows", "_engine", "_kernels", *LEVELS, "_matrix", "_norms", "_lazy"],
     *["_lock", "_plans", "_asked", "_step", "_arrays", "torch._tensors"],
 ]
 # The limited API of Python 3.11; of NumPy the inline accessors of its arrays (_numpy_arrays.pxd), as of 2.0.

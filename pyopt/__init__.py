@@ -32,6 +32,7 @@ from pyopt.optimizers.asgd import ASGD as ASGD
 from pyopt.optimizers.ftrl import FTRL as FTRL
 from pyopt.optimizers.lamb import LAMB as LAMB
 from pyopt.optimizers.lars import LARS as LARS
+from pyopt.optimizers.lazy_adamw import LazyAdamW as LazyAdamW
 from pyopt.optimizers.lbfgs import LBFGS as LBFGS
 from pyopt.optimizers.lion import Lion as Lion
 from pyopt.optimizers.muon import Muon as Muon

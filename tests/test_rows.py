@@ -464,7 +464,7 @@ def test_changed_since() -> None:
     assert (table == 1).all()
 
 
-TAKERS = (pyopt.SGD, pyopt.Adagrad, pyopt.SparseAdam, pyopt.FTRL, pyopt.RowwiseAdagrad)
+TAKERS = (pyopt.SGD, pyopt.Adagrad, pyopt.SparseAdam, pyopt.FTRL, pyopt.RowwiseAdagrad, pyopt.LazyAdamW)
 OTHERS = sorted(
     {
         value
