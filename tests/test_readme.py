@@ -44,15 +44,22 @@ def test_gradients_of_several_batches() -> None:
     assert np.allclose(w.data, first + second, rtol=1e-12) and w.grad.tolist() == [0, 0]
 
 
+def test_rows_of_a_table() -> None:
+    names: dict = {}
+    exec(BLOCKS[3], names)
+    table = names["table"]
+    assert np.flatnonzero(table.any(1)).tolist() == [3, 17] and np.allclose(table[[3, 17]], -1e-3)
+
+
 def test_torch_loop(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    exec(BLOCKS[4], {})
+    exec(BLOCKS[5], {})
     assert capsys.readouterr().out.count("  pyopt\n") == 2
 
 
 def test_own_optimizer() -> None:
     names: dict = {}
-    exec(BLOCKS[3], names)
+    exec(BLOCKS[4], names)
     p = pyopt.Parameter(np.ones(2), grad=np.array([3.0, -4.0]))
     optimizer = names["SignSGD"]([p], lr=0.25)
     optimizer.step()
