@@ -103,17 +103,18 @@ cdef struct Pass:  # one region: a step, or the sums before it
     bint flush
 
 
-cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost, Py_ssize_t line, bint whole_rows) noexcept nogil:
+cdef Py_ssize_t cut(const Work *w, const Touched *t, Py_ssize_t cost, Py_ssize_t line,
+                    bint whole_rows) noexcept nogil:
     """The element of w where a part begins that begins at this cost; of touched rows, counted over those alone."""
     cdef Py_ssize_t i = cost - w.start, row, width
     if i <= 0:
         return 0
-    if w.touched == NULL:
+    if t == NULL:
         return w.size if i >= w.size else i & ~(line - 1)
-    width = w.touched.width
+    width = t.width
     row = i // (width + TOUCH_COST)
-    if row >= w.touched.count:
-        return w.touched.count * width
+    if row >= t.count:
+        return t.count * width
     i -= row * (width + TOUCH_COST)
     return row * width + (width if i >= width else 0 if whole_rows else i & ~(line - 1))
 
@@ -343,6 +344,7 @@ cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nog
     cdef Py_ssize_t low = 0, high = a.count, line = LINE if a.sums == NULL else BLOCK, k, i, first, last
     cdef const Work *w
     cdef const Numbers *numbers
+    cdef const Touched *touched
     cdef bint rows
     while high - low > 1:  # the last tensor that starts at or before begin
         k = (low + high) // 2
@@ -356,10 +358,13 @@ cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nog
             break
         numbers = &a.numbers[w.slot] if a.norm == NULL else a.norm
         rows = numbers.kernel.finish_row32 != NULL
-        first, last = cut(w, begin, line, rows), cut(w, end, line, rows)
+        touched = w.touched
+        if touched != NULL and touched.row == NULL and not rows:  # a norm of all of it
+            touched = NULL
+        first, last = cut(w, touched, begin, line, rows), cut(w, touched, end, line, rows)
         if first >= last:
             continue
-        if w.touched != NULL:
+        if touched != NULL:
             if a.sums == NULL or a.norm != NULL:
                 run_rows(w, first, last, numbers, NULL if a.sums == NULL else &a.sums[SUMS * w.block])
             if a.extras != NULL and w.touched.row == NULL:
@@ -386,8 +391,8 @@ cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil:
 
 
 cdef Py_ssize_t blocks_of(const Work *w) noexcept nogil:
-    """Into how many blocks a tensor falls; of touched rows each by itself."""
-    if w.touched == NULL:
+    """Into how many blocks a tensor falls; of touched rows each by itself, of all of them the whole."""
+    if w.touched == NULL or w.touched.row == NULL:
         return (w.size + BLOCK - 1) // BLOCK
     return w.touched.count * ((w.touched.width + BLOCK - 1) // BLOCK)
 

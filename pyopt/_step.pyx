@@ -351,7 +351,7 @@ cdef class Workspace(Lock):
         self.n_counts = len(self.count_names)
         self.shared_numbers = optimizer.shared_numbers
         self.needs_rows = optimizer.needs_rows
-        self.bare_rows = self.bare and optimizer.takes_rows({})
+        self.bare_rows = self.bare and not self.exchanging and optimizer.takes_rows({})
         self.cursor = 0
         memset(self.cursors, 0, sizeof(self.cursors))
         self.groups = list(optimizer.param_groups)

@@ -175,8 +175,8 @@ class Optimizer(Hooked):
                 max_norm / (norm + 1e-6), as after `clip_grad_norm_`; they stay as they are.
             nonfinite: what a norm that is NaN or inf does: "apply" steps all the same, as torch does; "raise" is a
                 ValueError that names the parameter; "skip" leaves all as it is and adds 1 to `skipped_steps`.
-            zero_grad: True fills the gradients with zeros in the same pass, one that is read-only becomes None;
-                "set_to_none" makes all of them None. After a step that was skipped too.
+            zero_grad: True fills the gradients with zeros in the same pass, one that is read-only or row-sparse
+                becomes None; "set_to_none" makes all of them None. After a step that was skipped too.
             gradient_factor: what every gradient counts times in this step: 1 / n for the sums of n batches.
 
         Returns:

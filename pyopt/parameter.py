@@ -20,7 +20,8 @@ class Parameter:
         data: writable float32 or float64 ndarray of any shape, dense in memory (C- or F-contiguous, or a transpose of
             such). It is not copied: the optimizer writes into it. Each step looks at it anew: a shape or strides that
             were set in place are followed, and an array that was made read-only is an error that names it.
-        grad: gradient of the loss, same shape and dtype as `data`, in any memory order; None for "none".
+        grad: gradient of the loss, same shape and dtype as `data`, in any memory order; or the rows of it that are not
+            zero, a RowSparse, where the optimizer takes it; None for "none".
         name: used in error messages.
 
     Raises:
