@@ -71,8 +71,9 @@ ALIASES = {
 }
 
 
-# The state of a user's own rule is the rule's own affair.
-ALIASED = [(*c.values, k) for c in ONE.values() for k in ALIASES if not (c.values[0] is Own and "state" in k)]
+# The state of a user's own rule is the rule's own affair, and one with a number per row has no gradient's shape.
+OTHERS = (Own, RowwiseAdagrad)
+ALIASED = [(*c.values, k) for c in ONE.values() for k in ALIASES if not (c.values[0] in OTHERS and "state" in k)]
 
 
 @TYPES
