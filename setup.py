@@ -46,7 +46,7 @@ X86_64 = MACHINE.endswith(("x86_64", "amd64"))
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
 MODULES = [
-    *["_xxh64", "_engine", "_kernels", *LEVELS, "_matrix", "_norms"],
+    *["_xxh64", "_rows", "_engine", "_kernels", *LEVELS, "_matrix", "_norms", "_lazy"],
     *["_lock", "_plans", "_asked", "_step", "_arrays", "_thinc", "torch._tensors", "_door", "_xla"],
 ]
 # The engine alone calls OpenMP, by its functions: libgomp, the one beside it in a wheel, else that of the system.

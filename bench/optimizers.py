@@ -62,7 +62,8 @@ class Problem:
         self.start = self.data.copy()
         self.curvature = np.geomspace(1, 100, self.data.size, dtype=np.float32).reshape(shape)
         self.closure = self._quadratic if cls is pyopt.LBFGS else None  # the others have the gradient as it is
-        self.optimizer = cls([Parameter(self.data, self.grad)], **options)
+        given = pyopt.RowSparse(np.arange(len(self.grad)), self.grad, shape) if cls.needs_rows else self.grad
+        self.optimizer = cls([Parameter(self.data, given)], **options)
         self.optimizer.step(self.closure)
         state: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
         self.state = {k: v for k, v in state.items() if isinstance(v, np.ndarray) and v.shape == shape}
@@ -87,7 +88,7 @@ class Problem:
         return Contestant(lambda: optimizer.step(self.closure), flip, lambda: [self.data])
 
     def roof(self) -> Contestant:
-        roof = Roof(self.optimizer.param_groups[0]["params"], len(self.state))
+        roof = Roof([Parameter(self.data, self.grad)], len(self.state))
         roof.state[roof.param_groups[0]["params"][0]] = dict(zip("stuv", self.state.values(), strict=False))
         return self.contestant(roof)
 
@@ -101,6 +102,9 @@ class Problem:
             return None
         p = torch.from_numpy(self.data).requires_grad_()
         p.grad = torch.from_numpy(self.grad)
+        if cls is torch.optim.SparseAdam:
+            rows = torch.arange(len(p))[None]
+            p.grad = torch.sparse_coo_tensor(rows, p.grad, p.shape, is_coalesced=True, check_invariants=False)
         optimizer = cls([p], **options)
         optimizer.step(self.closure)
         for name in self.state.keys() & optimizer.state[p].keys():
@@ -136,7 +140,8 @@ def measure(cls: type[Optimizer], options: dict[str, Any], threads: int, budget:
 def traffic(cls: type[Optimizer], options: dict[str, Any]) -> int:
     """Bytes that a step must move per element: parameter and states both ways, the gradient once."""
     one = cls([np.empty(1, np.float32)], **options)
-    return 4 * (3 + 2 * sum(name is not None for name in one.state_streams(one.param_groups[0])))
+    streams = sum(name is not None for name in one.state_streams(one.param_groups[0]))
+    return 4 * (3 + 2 * (0 if cls.rule is not None and cls.rule.by_row else streams))
 
 
 def cells(label: str, cls: type[Optimizer], options: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -160,9 +165,10 @@ HEAD = [
 ]
 NOTE = (
     "Of one float32 tensor of 4096 x 4096 (Muon and MuonAdamW: 1024 x 1024; LBFGS: 262144 elements, a step of 20 "
-    "iterations and the state behind it). A step must read and write parameter and state and read the gradient: the "
-    "roof does that, in one pass, and next to nothing else. Best of torch: the fastest of its implementations, on the "
-    "same arrays, in turns with pyopt; empty where torch has no such optimizer. On: "
+    "iterations and the state behind it; SparseAdam: all rows are touched). A step must read and write parameter and "
+    "state and read the gradient: the roof does that, in one pass, and next to nothing else. Best of torch: the "
+    "fastest of its implementations, on the same arrays, in turns with pyopt; empty where torch has no such optimizer. "
+    "On: "
 )
 
 

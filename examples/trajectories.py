@@ -109,6 +109,8 @@ def walk(name: str, function: Function, options: dict[str, Any]) -> Floats:
         gradient = iter(function.gradient(*place()))
         for p in params:
             p.grad = np.array([next(gradient) for _ in range(p.data.size)]).reshape(p.data.shape)
+            if kind.needs_rows:
+                p.grad = pyopt.RowSparse(np.arange(len(p)), p.grad, p.shape)
         return float(function.value(*place()))
 
     path = [place()]

@@ -34,6 +34,7 @@ from pyopt.optimizers.asgd import ASGD as ASGD
 from pyopt.optimizers.ftrl import FTRL as FTRL
 from pyopt.optimizers.lamb import LAMB as LAMB
 from pyopt.optimizers.lars import LARS as LARS
+from pyopt.optimizers.lazy_adamw import LazyAdamW as LazyAdamW
 from pyopt.optimizers.lbfgs import LBFGS as LBFGS
 from pyopt.optimizers.lion import Lion as Lion
 from pyopt.optimizers.muon import Muon as Muon
@@ -42,11 +43,14 @@ from pyopt.optimizers.nadam import NAdam as NAdam
 from pyopt.optimizers.prodigy import Prodigy as Prodigy
 from pyopt.optimizers.radam import RAdam as RAdam
 from pyopt.optimizers.rmsprop import RMSprop as RMSprop
+from pyopt.optimizers.rowwise_adagrad import RowwiseAdagrad as RowwiseAdagrad
 from pyopt.optimizers.rprop import Rprop as Rprop
 from pyopt.optimizers.schedule_free import AdamWScheduleFree as AdamWScheduleFree
 from pyopt.optimizers.schedule_free import SGDScheduleFree as SGDScheduleFree
 from pyopt.optimizers.sgd import SGD as SGD
+from pyopt.optimizers.sparse_adam import SparseAdam as SparseAdam
 from pyopt.parameter import Parameter as Parameter
+from pyopt.sparse import RowSparse as RowSparse
 from pyopt.storage import Storage as Storage
 from pyopt.threads import get_num_threads as get_num_threads
 from pyopt.threads import num_threads as num_threads

@@ -10,14 +10,15 @@ from pyopt._asked cimport FILL
 from pyopt._engine cimport STATES, Averaged, Outcome, Work
 from pyopt._norms cimport Batch
 from pyopt._numpy_arrays cimport (
-    NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_HALF, NPY_SHORT, NPY_UBYTE, PyArray_DATA,
-    PyArray_DIMS, PyArray_FLAGS, PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
+    NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_HALF, NPY_INT, NPY_LONG, NPY_LONGLONG, NPY_SHORT,
+    NPY_UBYTE, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS, PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES,
+    PyArray_TYPE, PyArrayObject,
 )
 from pyopt._plans cimport Plan
-from pyopt._step cimport IDLE, MOST_STEPS, Row, Workspace, hold
+from pyopt._step cimport IDLE, KERNEL, MOST_STEPS, Row, Workspace, hold
 from pyopt._views cimport (
     OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
-    is_short, same_order, same_shape,
+    is_in_c_order, is_of_rows, is_short, same_order, same_shape,
 )
 
 from copy import deepcopy
@@ -32,6 +33,7 @@ from pyopt.parameter import (
     Parameter, average_type, check_average, check_codes, check_data, check_gradient, check_master, check_no_overlap,
     check_state, check_state_values, label, overlaps_itself,
 )
+from pyopt.sparse import RowSparse, bad_index, check_rows
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
@@ -39,6 +41,7 @@ cdef extern from "Python.h":
 cdef object array_type = ndarray
 cdef object masked_type = MaskedArray
 cdef object parameter_type = Parameter
+cdef object rows_type = RowSparse
 cdef object fill_array = ndarray.fill
 
 
@@ -91,6 +94,26 @@ cdef int view(PyObject *value, View *v) noexcept:
 cdef bint is_writable(PyObject *value) noexcept:
     cdef int needed = NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED
     return PyArray_FLAGS(<PyArrayObject *>value) & needed == needed
+
+
+cdef int width_of_index(PyObject *value) noexcept:
+    """Bytes of an element of an array of int32 or int64, 0 for another one."""
+    cdef PyArrayObject *array = <PyArrayObject *>value
+    cdef int kind = PyArray_TYPE(array), size = 0
+    if kind == NPY_INT:
+        size = sizeof(int)
+    elif kind == NPY_LONG:
+        size = sizeof(long)
+    elif kind == NPY_LONGLONG:
+        size = sizeof(long long)
+    if (size != 4 and size != 8) or not PyArray_ISNOTSWAPPED(array) or not PyArray_FLAGS(array) & NPY_ARRAY_ALIGNED:
+        return 0
+    return size
+
+
+def descent(indices):
+    """The first place whose index is less than the one before."""
+    return int(np.flatnonzero(np.diff(indices) < 0)[0]) + 1
 
 
 cdef void extent(const View *v, char **begin, char **end) noexcept:
@@ -190,9 +213,31 @@ cdef class ArrayWorkspace(Workspace):
         return view(array, v) if is_array(array) and is_writable(array) else OTHER
 
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
-        if type(<object>row.grad) is not array_type:
+        if type(<object>row.grad) is rows_type:
+            self.take_rows(row, index)
+        elif type(<object>row.grad) is not array_type:
             hold(&row.grad, check_gradient(label(index, <object>row.param), <object>row.data, <object>row.grad))
         return 0
+
+    cdef int take_rows(self, Row *row, Py_ssize_t index) except -1:
+        what = label(index, <object>row.param)
+        if self.bare and not self.bare_rows:
+            raise TypeError(f"{what}: gradient is row-sparse, must be an array for this optimizer")
+        if self.averages:
+            raise ValueError(f"{what}: gradient is row-sparse, which goes with no average: that would move all rows")
+        indices, values = check_rows(what, check_data(what, <object>row.data), <object>row.grad)
+        hold(&row.indices, indices)
+        hold(&row.values, values)
+        row.keeps_gradient = True  # it has no zeros to be filled with
+        return 0
+
+    cdef int refuse_gradient(self, Row *row, Py_ssize_t index, optimizer) except -1:
+        name = type(optimizer).__name__
+        if row.values != NULL:
+            raise TypeError(f"{label(index, <object>row.param)}: gradient is row-sparse, which {name} does not take")
+        kind = type(<object>row.grad).__name__
+        raise TypeError(f"{label(index, <object>row.param)}: gradient is a {kind}, must be a RowSparse for {name}; "
+                        "Adam takes arrays")
 
     cdef int check_entry(self, Row *row, Py_ssize_t index) except -1:
         """Raise where a key is of a subclass of str: to look up a name or store a count would run code of its class."""
@@ -236,7 +281,7 @@ cdef class ArrayWorkspace(Workspace):
         cdef char *begin
         cdef char *end
         cdef int j
-        cdef bint in_order
+        cdef bint in_order, by_row = not row.beside and row.route == KERNEL and self.steps_by_row(row)
         if not is_array(row.data):
             self.refuse(row, index)
         view(row.data, &p)
@@ -258,7 +303,8 @@ cdef class ArrayWorkspace(Workspace):
             if row.state[j] == NULL or row.aside[1 + j] != NULL:  # the latter are looked at below
                 continue
             if (not is_array(row.state[j]) or not view(row.state[j], &s) or not go_together(&p, &s)
-                    or not is_writable(row.state[j]) or not same_shape(&p, &s) or not same_order(&p, &s)):
+                    or not is_writable(row.state[j])
+                    or not (is_of_rows(&p, &s) if by_row else same_shape(&p, &s) and same_order(&p, &s))):
                 self.refuse(row, index)
             w.stream[2 + j] = s.data
             if is_short(&s):
@@ -271,6 +317,9 @@ cdef class ArrayWorkspace(Workspace):
             self.look_at_averages(row, index, &p, w)
         w.stream[1] = NULL
         row.read.begin = row.read.end = NULL
+        if row.values != NULL:
+            self.look_at_values(row, index, &p, w)
+            return True
         if row.grad == NULL:
             return True
         if not is_array(row.grad) or not view(row.grad, &g) or not go_together(&p, &g) or not same_shape(&p, &g):
@@ -278,6 +327,10 @@ cdef class ArrayWorkspace(Workspace):
         w.stream[1] = g.data
         if is_short(&g):
             self.note_element(w, 1, &g)
+        if by_row and not is_in_c_order(&p):
+            self.refuse(row, index)
+        if by_row:
+            self.take_all_rows(row, w, &p)
         in_order = same_order(&p, &g) and <size_t>g.data % g.itemsize == 0
         if self.clearing == FILL and self.add_gradient(row, index, &g):
             w.clears = in_order and not row.has_copy
@@ -289,6 +342,39 @@ cdef class ArrayWorkspace(Workspace):
             row.read.begin = g.data
             row.read.end = end_of(&g)
         return True
+
+    cdef int look_at_values(self, Row *row, Py_ssize_t index, const View *p, Work *w) except -1:
+        """Look at a row-sparse gradient, and at which rows of the table p it has."""
+        cdef View g, i
+        cdef bint ascending
+        cdef Py_ssize_t wrong, n
+        cdef int itemsize = width_of_index(row.indices), axis
+        if w.stored != NULL:
+            what = label(index, <object>row.param)
+            raise TypeError(f"{what}: gradient is row-sparse, which goes with parameters and state of float32 or float64")
+        view(row.indices, &i)
+        if (not view(row.values, &g) or g.element != p.element or itemsize == 0 or g.ndim != p.ndim or g.ndim == 0
+                or not is_in_c_order(p) or not is_in_c_order(&g)):
+            self.refuse(row, index)
+        n = g.shape[0]
+        if i.ndim != 1 or i.shape[0] != n or i.strides[0] != itemsize and n > 1:
+            self.refuse(row, index)
+        for axis in range(1, g.ndim):
+            if g.shape[axis] != p.shape[axis]:
+                self.refuse(row, index)
+        wrong = self.look_at_rows(row, w, p, i.data, itemsize, n, &ascending)
+        what = None
+        if wrong >= 0:
+            what = label(index, <object>row.param)
+            raise IndexError(bad_index(f"{what}: gradient", <object>row.grad, wrong))
+        if not ascending and (<object>row.grad).is_sorted:
+            what = label(index, <object>row.param)
+            at = descent(<object>row.indices)
+            raise ValueError(f"{what}: gradient: indices descend at place {at}, must not with is_sorted=True")
+        w.stream[1] = g.data
+        row.read.begin = g.data
+        row.read.end = end_of(&g)
+        return 0
 
     cdef bint add_gradient(self, Row *row, Py_ssize_t index, const View *g) except -1:
         """Note that a gradient will be filled with zeros, where it can; whether it will."""
@@ -341,7 +427,7 @@ cdef class ArrayWorkspace(Workspace):
         return 0  # there is none
 
     cdef bint has_finite_gradient(self, Row *row) except -1:
-        return np.isfinite(<object>row.grad).all()
+        return np.isfinite(<object>(row.grad if row.values == NULL else row.values)).all()
 
     cdef int fill(self, list grads) except -1:
         for grad in grads:
@@ -367,8 +453,10 @@ cdef class ArrayWorkspace(Workspace):
         check_data(what, data)
         for j in range(len(names)):
             if row.state[j] != NULL:
-                check_state(what, names[j], {names[j]: <object>row.state[j]}, data)
-        if row.grad != NULL:
+                check_state(what, names[j], {names[j]: <object>row.state[j]}, data, self.steps_by_row(row))
+        if row.values != NULL:
+            check_rows(what, data, <object>row.grad)
+        elif row.grad != NULL:
             check_gradient(what, data, <object>row.grad)
         raise RuntimeError(f"{what} is changed by another thread while the step looks at it")
 
@@ -405,6 +493,11 @@ cdef class ArrayWorkspace(Workspace):
             row = &self.rows[k]
             if not row.must_copy:
                 continue
+            found = True
+            if row.values != NULL:
+                hold(&row.values, (<object>row.values).copy())
+                row.must_copy = False
+                continue
             data = <object>row.data
             grad = check_gradient(label(k, <object>row.param), data, <object>row.grad)
             copy = self.last_copy(k)
@@ -412,7 +505,6 @@ cdef class ArrayWorkspace(Workspace):
                 copy = np.empty_like(data, grad.dtype, subok=False)
             np.copyto(copy, grad)
             self.use_copy(row, k, copy)
-            found = True
         return found
 
     cdef int make_counts(self, Row *row) except -1:

@@ -2,6 +2,8 @@
 
 from libc.stdint cimport uint64_t
 
+from pyopt._rows cimport Touched
+
 # One rule over n elements: parameter, gradient and up to four state streams (NULL where the options need none), of
 # one element type. `restrict` on parameters: with more than five streams GCC gives up on run-time alias checks.
 ctypedef void (*Span32)(float *restrict, const float *restrict, float *restrict, float *restrict, float *restrict,
@@ -19,6 +21,10 @@ ctypedef void (*Reduce64)(double *restrict, const double *restrict, double *rest
 # Makes of the sums over a tensor, and its size, the numbers of its step.
 ctypedef void (*Finish)(void *, const double *, Py_ssize_t) noexcept nogil
 
+# As that, of a rule that steps row by row: of the sums over a row, its size and the row's own number, which it updates.
+ctypedef void (*FinishRow32)(void *, const double *, Py_ssize_t, float *) noexcept nogil
+ctypedef void (*FinishRow64)(void *, const double *, Py_ssize_t, double *) noexcept nogil
+
 # Writes a dict of numbers into the C struct of a rule (at most SCALARS doubles); Cython checks names and types.
 ctypedef int (*Pack)(dict, void *) except -1
 
@@ -28,6 +34,7 @@ cdef enum:
     ROW_COST = 64  # what a tensor costs beyond its elements, in elements
     BLOCK = 1024  # elements that are summed together, counted from the start of the tensor
     SUMS = 2  # quantities that a rule sums
+    TOUCH_COST = 64  # what a row of a table costs beyond its elements, in elements: it lies alone in memory
     AVERAGES = 4  # of each parameter, at most
 
 
@@ -78,6 +85,8 @@ cdef struct Kernel:  # what runs for a rule
     bint joint  # the sums go over all tensors of the step, not over each by itself
     bint writes_both  # streams 0 and 1: no rule's, that of an exchange
     bint moves_state  # it is what takes the sums that writes the state, not the span
+    FinishRow32 finish_row32  # NULL but in a rule that steps row by row: its first state has one number for each
+    FinishRow64 finish_row64
 
 
 cdef struct Averaged:  # an average of one tensor
@@ -95,12 +104,13 @@ cdef struct Stored:  # of one tensor some of whose streams are not PLAIN; it com
 cdef struct Work:  # one tensor of one step
     Py_ssize_t start  # the cost of all tensors before it, in elements
     Py_ssize_t size
+    const Touched *touched  # the rows of it that are stepped, NULL for all of it as one stretch of memory
     Py_ssize_t slot  # which of the step's sets of numbers
     Py_ssize_t row  # which of the step's parameters
     Py_ssize_t block  # the number of blocks before it, where there are sums
     bint is_double
     bint clears  # fills its gradient with zeros when it has been used
-    void *stream[2 + STATES]
+    void *stream[2 + STATES]  # parameter, gradient (of touched rows: their values), states
     const Stored *stored  # NULL where all its streams are PLAIN
     const Averaged *averaged  # the averages of the parameter, where there are extras
 
@@ -127,6 +137,8 @@ cdef struct Pass:  # one region: a step, or the sums before it
     bint flush
 
 
+cdef Py_ssize_t cost_of(const Work *w) noexcept nogil
+cdef Py_ssize_t blocks_of(const Work *w) noexcept nogil
 cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil
 cdef int threads_of(int most, Py_ssize_t cost) noexcept nogil
 cdef int sweep_on(const Pass *a) noexcept nogil
@@ -135,6 +147,9 @@ cdef void finish(const Pass *a, Numbers *numbers) noexcept nogil
 cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums,
                 const Extras *extras) noexcept nogil
 cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm, double *sums) noexcept nogil
+
+# The gradient of n elements, at most BLOCK, of the k-th touched row; room has as many doubles.
+cdef const void *sum_values(const Work *w, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n, double *room) noexcept nogil
 
 # A piece of work of another kind than a span, by its number.
 ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil

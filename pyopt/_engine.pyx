@@ -4,10 +4,13 @@
 #   huge tensor and for a thousand tiny ones. An element's result does not depend on where the cuts fall.
 # - Where rules need sums over whole tensors there are two such regions: the first sums blocks of fixed size, which no
 #   cut divides; the blocks are then added in their order, and the sums made to numbers of each tensor.
+# - Of a table of which a gradient touches some rows, those are the work, side by side as it were: a span for each.
+#   Where a row was touched several times its gradients are summed in double, in their order, just before.
 # - A level of instructions is a property of the rules (_kernels*.pyx); this file is compiled once.
 
 cimport cython
 from cpython.pythread cimport PyThread_get_thread_ident
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 cdef extern from *:
@@ -28,6 +31,22 @@ cdef extern from *:
     int omp_get_thread_num() noexcept nogil
     int omp_get_thread_limit() noexcept nogil
 
+from pyopt._rows cimport Touched
+
+ctypedef fused floating:
+    float
+    double
+
+cdef extern from *:
+    """
+    #if defined(__GNUC__)
+    #define prefetch(address) __builtin_prefetch((address), 1, 3)
+    #else
+    #define prefetch(address) ((void)(address))
+    #endif
+    """
+    void prefetch(const void *address) noexcept nogil
+
 
 cdef class Rule:
     """An update rule: the state behind each stream, its span for either element type, the packer of its numbers."""
@@ -45,6 +64,11 @@ cdef class Rule:
     def has_sums(self):
         """Whether its steps need sums over whole tensors."""
         return self.kernel.finish != NULL
+
+    @property
+    def by_row(self):
+        """Whether it steps row by row: its state has one element for each row, along the first axis."""
+        return self.kernel.finish_row32 != NULL
 
 
 cdef class Outcome:
@@ -66,37 +90,57 @@ cdef enum:
     STAGE = 512  # elements that are converted together, a divisor of BLOCK
 
 
-cdef Py_ssize_t cut(const Work *w, Py_ssize_t cost, Py_ssize_t line) noexcept nogil:
-    """The element of w where a part begins that begins at this cost."""
-    cdef Py_ssize_t i = cost - w.start
+cdef Py_ssize_t cut(const Work *w, const Touched *t, Py_ssize_t cost, Py_ssize_t line,
+                    bint whole_rows) noexcept nogil:
+    """The element of w where a part begins that begins at this cost; of touched rows, counted over those alone."""
+    cdef Py_ssize_t i = cost - w.start, row, width
     if i <= 0:
         return 0
-    return w.size if i >= w.size else i & ~(line - 1)
+    if t == NULL:
+        return w.size if i >= w.size else i & ~(line - 1)
+    width = t.width
+    row = i // (width + TOUCH_COST)
+    if row >= t.count:
+        return t.count * width
+    i -= row * (width + TOUCH_COST)
+    return row * width + (width if i >= width else 0 if whole_rows else i & ~(line - 1))
 
 
-cdef void run(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numbers, double *sums) noexcept nogil:
-    """The rule on n elements, or its sums over them."""
+cdef Py_ssize_t cost_of(const Work *w) noexcept nogil:
+    """What a tensor costs, in elements."""
+    return w.size if w.touched == NULL else w.touched.count * (w.touched.width + TOUCH_COST)
+
+
+cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, const Numbers *numbers,
+              double *sums) noexcept nogil:
+    """The rule on n elements with the gradient g, or its sums over them."""
     cdef const Kernel *k = numbers.kernel
     cdef const void *h = &numbers.value[0]
     cdef float *f[2 + STATES]
     cdef double *d[2 + STATES]
+    cdef bint by_row = k.finish_row32 != NULL  # its state has no elements to go with these
     cdef int j
     if w.stored != NULL:
         run_stored(w, begin, n, numbers, sums)
     elif w.is_double:
         for j in range(2 + STATES):
-            d[j] = NULL if w.stream[j] == NULL else <double *>w.stream[j] + begin
+            d[j] = NULL if w.stream[j] == NULL or j > 1 and by_row else <double *>w.stream[j] + begin
         if sums == NULL:
-            k.span64(d[0], d[1], d[2], d[3], d[4], d[5], n, h)
+            k.span64(d[0], <const double *>g, d[2], d[3], d[4], d[5], n, h)
         else:
-            k.reduce64(d[0], d[1], d[2], d[3], d[4], d[5], n, h, sums)
+            k.reduce64(d[0], <const double *>g, d[2], d[3], d[4], d[5], n, h, sums)
     else:
         for j in range(2 + STATES):
-            f[j] = NULL if w.stream[j] == NULL else <float *>w.stream[j] + begin
+            f[j] = NULL if w.stream[j] == NULL or j > 1 and by_row else <float *>w.stream[j] + begin
         if sums == NULL:
-            k.span32(f[0], f[1], f[2], f[3], f[4], f[5], n, h)
+            k.span32(f[0], <const float *>g, f[2], f[3], f[4], f[5], n, h)
         else:
-            k.reduce32(f[0], f[1], f[2], f[3], f[4], f[5], n, h, sums)
+            k.reduce32(f[0], <const float *>g, f[2], f[3], f[4], f[5], n, h, sums)
+
+
+cdef const void *gradient_at(const Work *w, Py_ssize_t begin) noexcept nogil:
+    """The gradient of a stretch of memory from an element on."""
+    return NULL if w.stream[1] == NULL else <char *>w.stream[1] + begin * (8 if w.is_double else 4)
 
 
 cdef char *aside_of(const Stored *stored, int j, const Codec *c, Py_ssize_t begin) noexcept nogil:
@@ -162,7 +206,7 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
             else:
                 part.stream[j] = room[j]
                 c.load(room[j], <char *>w.stream[j] + begin * c.size, aside_of(stored, j, c, begin), m)
-        run(&part, 0, m, numbers, sums)
+        run(&part, 0, part.stream[1], m, numbers, sums)
         for j in range(2 + STATES):
             c = &k.codecs[stored.codec[j]]
             if c.store == NULL or w.stream[j] == NULL or (
@@ -176,7 +220,18 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
 cdef void run_with_extras(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Numbers *numbers,
                           const Extras *extras) noexcept nogil:
     """The rule and all that rides along, on one block after the other, which stays in the cache meanwhile."""
-    cdef Py_ssize_t size = 8 if w.is_double else 4, n
+    cdef Py_ssize_t n
+    while begin < end:
+        n = min(<Py_ssize_t>BLOCK, end - begin)
+        run(w, begin, gradient_at(w, begin), n, numbers, NULL)
+        ride_along(w, begin, n, numbers, extras)
+        begin += n
+
+
+cdef void ride_along(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numbers,
+                     const Extras *extras) noexcept nogil:
+    """What a sweep does with n elements behind the rule."""
+    cdef Py_ssize_t size = 8 if w.is_double else 4
     cdef Work beside
     cdef Stored stored
     cdef Numbers weight
@@ -190,24 +245,179 @@ cdef void run_with_extras(const Work *w, Py_ssize_t begin, Py_ssize_t end, const
         memset(&stored, 0, sizeof(Stored))
         stored.codec[1], stored.aside[1] = w.stored.codec[0], w.stored.aside[0]
         beside.stored = &stored  # averages are of float32
-    while begin < end:
-        n = min(<Py_ssize_t>BLOCK, end - begin)
-        run(w, begin, n, numbers, NULL)
-        for j in range(extras.averages):
-            beside.stream[0], weight.value[0] = w.averaged[j].data, w.averaged[j].weight
-            run(&beside, begin, n, &weight, NULL)
-            if w.averaged[j].kept != NULL:
-                memcpy(<char *>w.averaged[j].data + begin * 4, w.averaged[j].kept + begin * 4, n * 4)
-        if w.clears:
-            memset(<char *>w.stream[1] + begin * size, 0, n * size)
-        begin += n
+    for j in range(extras.averages):
+        beside.stream[0], weight.value[0] = w.averaged[j].data, w.averaged[j].weight
+        run(&beside, begin, gradient_at(&beside, begin), n, &weight, NULL)
+        if w.averaged[j].kept != NULL:
+            memcpy(<char *>w.averaged[j].data + begin * 4, w.averaged[j].kept + begin * 4, n * 4)
+    if w.clears:
+        memset(<char *>w.stream[1] + begin * size, 0, n * size)
+
+
+cdef enum:
+    AHEAD = 20  # rows that are fetched into the cache before their turn
+    FETCHED = 1024  # bytes of each stream of a row, at most: behind those the CPU sees the pattern
+
+
+cdef void fetch_row(const Work *w, Py_ssize_t k, bint by_row) noexcept nogil:
+    """Have the CPU fetch what the k-th touched row needs, without waiting for it."""
+    cdef const Touched *t = w.touched
+    cdef Py_ssize_t size = 8 if w.is_double else 4, i, j, bytes_of_row = min(<Py_ssize_t>FETCHED, t.width * size)
+    cdef const char *at
+    if k >= t.count or t.row == NULL:
+        return
+    for j in range(2 + STATES):
+        if w.stream[j] == NULL:
+            continue
+        if j > 1 and by_row:
+            prefetch(<const char *>w.stream[j] + t.row[k] * size)
+            continue
+        at = <const char *>w.stream[j] + (t.place[t.first[k]] if j == 1 else t.row[k]) * t.width * size
+        i = 0
+        while i < bytes_of_row:
+            prefetch(at + i)
+            i += 64
+
+
+cdef const void *sum_values(const Work *w, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n, double *room) noexcept nogil:
+    """The gradient of n elements of the k-th touched row: where its values lie, or the sum of several in room."""
+    cdef const Touched *t = w.touched
+    cdef Py_ssize_t size = 8 if w.is_double else 4, i
+    cdef const int64_t *place
+    if t.row == NULL:
+        return <char *>w.stream[1] + (k * t.width + column) * size
+    place = t.place + t.first[k]
+    if t.first[k + 1] - t.first[k] == 1:
+        return <char *>w.stream[1] + (place[0] * t.width + column) * size
+    for i in range(t.first[k + 1] - t.first[k]):
+        if w.is_double:
+            add_values[double](room, <double *>w.stream[1] + place[i] * t.width + column, n, i == 0)
+        else:
+            add_values[float](room, <float *>w.stream[1] + place[i] * t.width + column, n, i == 0)
+    if not w.is_double:
+        narrow(<float *>room, room, n)
+    return room
+
+
+cdef void add_values(double *restrict total, const floating *restrict values, Py_ssize_t n, bint first) noexcept nogil:
+    cdef Py_ssize_t i
+    if first:
+        for i in range(n):
+            total[i] = values[i]
+    else:
+        for i in range(n):
+            total[i] = total[i] + values[i]
+
+
+cdef void narrow(float *to, const double *total, Py_ssize_t n) noexcept nogil:
+    """Round to float, in the same memory."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = <float>total[i]
+
+
+cdef void run_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Numbers *numbers,
+                   double *sums) noexcept nogil:
+    """The rule on touched rows from one element to another, or its sums over them, which begin with those of w."""
+    cdef const Touched *t = w.touched
+    cdef double room[BLOCK]
+    cdef Py_ssize_t i = begin, k, column, n, blocks = (t.width + BLOCK - 1) // BLOCK
+    cdef bint by_row = numbers.kernel.finish_row32 != NULL
+    for k in range(AHEAD):
+        fetch_row(w, begin // t.width + k, by_row)
+    if by_row:
+        run_whole_rows(w, begin // t.width, end // t.width, numbers, room)
+        return
+    while i < end:
+        k = i // t.width
+        column = i - k * t.width
+        if column == 0 or i == begin:
+            fetch_row(w, k + AHEAD, by_row)
+        n = min(min(<Py_ssize_t>BLOCK - column % BLOCK, t.width - column), end - i)
+        run(w, (k if t.row == NULL else t.row[k]) * t.width + column, sum_values(w, k, column, n, room), n, numbers,
+            NULL if sums == NULL else &sums[SUMS * (k * blocks + column // BLOCK)])
+        i += n
+
+
+cdef enum:
+    BATCH = 8  # rows whose sums are made one behind the other, so that the CPU need not wait for each
+
+
+cdef void run_whole_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Numbers *numbers,
+                         double *room) noexcept nogil:
+    """A rule that steps row by row, on the touched rows from one to another."""
+    cdef const Touched *t = w.touched
+    cdef Py_ssize_t k = begin, most = max(<Py_ssize_t>1, min(<Py_ssize_t>BATCH, BLOCK // t.width)), count, j
+    while k < end:
+        count = min(most, end - k)
+        for j in range(count):
+            fetch_row(w, k + AHEAD + j, True)
+        if t.width > BLOCK:
+            run_long_row(w, k, numbers, room)
+        else:
+            run_short_rows(w, k, count, numbers, room)
+        k += count
+
+
+cdef void run_short_rows(const Work *w, Py_ssize_t k, Py_ssize_t count, const Numbers *numbers,
+                         double *room) noexcept nogil:
+    """A rule that steps row by row, on some rows that all have room."""
+    cdef const Touched *t = w.touched
+    cdef Numbers own[BATCH]
+    cdef double total[SUMS * BATCH]
+    cdef const void *g[BATCH]
+    cdef Py_ssize_t row[BATCH]
+    cdef Py_ssize_t j
+    for j in range(count):
+        row[j] = k + j if t.row == NULL else t.row[k + j]
+        g[j] = sum_values(w, k + j, 0, t.width, room + j * t.width)
+        run(w, row[j] * t.width, g[j], t.width, numbers, &total[SUMS * j])
+    for j in range(count):
+        own[j] = numbers[0]
+        finish_row(w, row[j], &own[j], &total[SUMS * j])
+    for j in range(count):
+        run(w, row[j] * t.width, g[j], t.width, &own[j], NULL)
+
+
+cdef void run_long_row(const Work *w, Py_ssize_t k, const Numbers *numbers, double *room) noexcept nogil:
+    """A rule that steps row by row, on a row of several blocks."""
+    cdef const Touched *t = w.touched
+    cdef Numbers own = numbers[0]
+    cdef double total[SUMS]
+    cdef double part[SUMS]
+    cdef Py_ssize_t row = k if t.row == NULL else t.row[k], column = 0, n
+    cdef int j
+    for j in range(SUMS):
+        total[j] = 0
+    while column < t.width:
+        n = min(<Py_ssize_t>BLOCK, t.width - column)
+        run(w, row * t.width + column, sum_values(w, k, column, n, room), n, numbers, part)
+        for j in range(SUMS):
+            total[j] += part[j]
+        column += n
+    finish_row(w, row, &own, total)
+    column = 0
+    while column < t.width:
+        n = min(<Py_ssize_t>BLOCK, t.width - column)
+        run(w, row * t.width + column, sum_values(w, k, column, n, room), n, &own, NULL)
+        column += n
+
+
+cdef void finish_row(const Work *w, Py_ssize_t row, Numbers *own, const double *total) noexcept nogil:
+    """Make the sums over a row of the table to the numbers of its step, and to its state."""
+    if w.is_double:
+        own.kernel.finish_row64(own.value, total, w.touched.width, <double *>w.stream[2] + row)
+    else:
+        own.kernel.finish_row32(own.value, total, w.touched.width, <float *>w.stream[2] + row)
 
 
 cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """All work between two costs."""
-    cdef Py_ssize_t low = 0, high = a.count, line = LINE if a.sums == NULL else BLOCK, k, i, first, last
+    cdef Py_ssize_t low = 0, high = a.count, line = LINE if a.sums == NULL else BLOCK, k, i, first, last, grain
     cdef const Work *w
     cdef const Numbers *numbers
+    cdef const Touched *touched
+    cdef bint rows
     while high - low > 1:  # the last tensor that starts at or before begin
         k = (low + high) // 2
         if a.work[k].start <= begin:
@@ -218,19 +428,29 @@ cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nog
         w = &a.work[k]
         if w.start >= end:
             break
-        first = cut(w, begin, line if w.stored == NULL else BLOCK)
-        last = cut(w, end, line if w.stored == NULL else BLOCK)
+        numbers = &a.numbers[w.slot] if a.norm == NULL else a.norm
+        rows = numbers.kernel.finish_row32 != NULL
+        touched = w.touched
+        grain = line if w.stored == NULL else <Py_ssize_t>BLOCK
+        if touched != NULL and touched.row == NULL and not rows:  # a norm of all of it
+            touched = NULL
+        first, last = cut(w, touched, begin, grain, rows), cut(w, touched, end, grain, rows)
         if first >= last:
             continue
-        numbers = &a.numbers[w.slot] if a.norm == NULL else a.norm
-        if a.extras != NULL:
+        if touched != NULL:
+            if a.sums == NULL or a.norm != NULL:
+                run_rows(w, first, last, numbers, NULL if a.sums == NULL else &a.sums[SUMS * w.block])
+            if a.extras != NULL and w.touched.row == NULL:
+                ride_along(w, first, last - first, numbers, a.extras)
+        elif a.extras != NULL:
             run_with_extras(w, first, last, numbers, a.extras)
         elif a.sums == NULL:
-            run(w, first, last - first, numbers, NULL)
+            run(w, first, gradient_at(w, first), last - first, numbers, NULL)
         elif a.norm != NULL and w.stream[1] != NULL or numbers.kernel.finish != NULL:
             i = first
             while i < last:
-                run(w, i, min(<Py_ssize_t>BLOCK, last - i), numbers, &a.sums[SUMS * (w.block + i // BLOCK)])
+                run(w, i, gradient_at(w, i), min(<Py_ssize_t>BLOCK, last - i), numbers,
+                    &a.sums[SUMS * (w.block + i // BLOCK)])
                 i += BLOCK
 
 
@@ -239,8 +459,15 @@ cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil:
     cdef Py_ssize_t k, blocks = 0
     for k in range(count):
         work[k].block = blocks
-        blocks += (work[k].size + BLOCK - 1) // BLOCK
+        blocks += blocks_of(&work[k])
     return blocks
+
+
+cdef Py_ssize_t blocks_of(const Work *w) noexcept nogil:
+    """Into how many blocks a tensor falls; of touched rows each by itself, of all of them the whole."""
+    if w.touched == NULL or w.touched.row == NULL:
+        return (w.size + BLOCK - 1) // BLOCK
+    return w.touched.count * ((w.touched.width + BLOCK - 1) // BLOCK)
 
 
 cdef void finish(const Pass *a, Numbers *numbers) noexcept nogil:
@@ -282,7 +509,7 @@ cdef Pass pass_over(const Work *work, Py_ssize_t count) noexcept nogil:
     cdef Pass a
     memset(&a, 0, sizeof(Pass))
     a.work, a.count, a.flush = work, count, flush_denormals
-    a.cost = work[count - 1].start + work[count - 1].size + ROW_COST if count else 0
+    a.cost = work[count - 1].start + cost_of(&work[count - 1]) + ROW_COST if count else 0
     a.parts = threads_for(a.cost)
     if a.parts > 1 and startable(a.parts) < a.parts:
         a.parts = 1  # libgomp would end the process: this step does without

@@ -10,9 +10,9 @@ from libc.string cimport memcpy, memset, strcmp
 from pyopt cimport _rules as rules
 from pyopt cimport _storage as storage
 from pyopt._engine cimport (
-    ALL, BFLOAT16, BLOCK, CHANCE_BFLOAT16, CHANCE_FLOAT16, CODECS, FLOAT16, KAHAN_BFLOAT16, KAHAN_FLOAT16, PARAMETER,
-    PLAIN, SIGNED_CODES, SPLIT, STATE, UNSIGNED_CODES, Codec, Direct, Finish, Kernel, Pack, Reduce32, Reduce64, Rule,
-    Span32, Span64,
+    ALL, BFLOAT16, BLOCK, CHANCE_BFLOAT16, CHANCE_FLOAT16, CODECS, FLOAT16, KAHAN_BFLOAT16, KAHAN_FLOAT16,
+    PARAMETER, PLAIN, SIGNED_CODES, SPLIT, STATE, UNSIGNED_CODES, Codec, Direct, Finish, FinishRow32, FinishRow64,
+    Kernel, Pack, Reduce32, Reduce64, Rule, Span32, Span64,
 )
 from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
@@ -29,6 +29,8 @@ ctypedef fused Numbers:  # of each rule: their struct says which one it is
     rules.RMSprop
     rules.Adamax
     rules.Adam
+    rules.SparseAdam
+    rules.RowwiseAdagrad
     rules.AdaBelief
     rules.RAdam
     rules.NAdam
@@ -279,6 +281,10 @@ cdef void span(floating *restrict p, const floating *restrict g, floating *restr
             p[i] = rules.adamax(p[i], g[i], &s[i], &t[i], &h)
         elif Numbers is rules.Adam:
             p[i] = rules.adam(p[i], g[i], &s[i], &t[i], &u[i], &h)
+        elif Numbers is rules.SparseAdam:
+            p[i] = rules.sparse_adam(p[i], g[i], &s[i], &t[i], &h)
+        elif Numbers is rules.RowwiseAdagrad:
+            p[i] = rules.rowwise_adagrad(p[i], g[i], &h)
         elif Numbers is rules.AdaBelief:
             p[i] = rules.adabelief(p[i], g[i], &s[i], &t[i], &h)
         elif Numbers is rules.RAdam:
@@ -487,6 +493,30 @@ cdef Rule summing_rule(str name, tuple states, const Summing *_):
     return Rule.make(name, states, summing_kernel(_), <Pack>pack[Summing])
 
 
+# --- the rules that need sums over rows -------------------------------------------------------------------------------
+
+cdef void row_sums(floating *restrict p, const floating *restrict g, floating *restrict _1, floating *restrict _2,
+                   floating *restrict _3, floating *restrict _4, Py_ssize_t n, const rules.RowwiseAdagrad *numbers,
+                   double *sums) noexcept nogil:
+    cdef rules.RowwiseAdagrad h = numbers[0]
+    cdef double x[BLOCK]
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = rules.rowwise_adagrad_term(p[i], g[i], &h)
+    sums[0] = folded(x, n)
+    sums[1] = 0
+
+
+cdef void finish_row(rules.RowwiseAdagrad *numbers, const double *sums, Py_ssize_t size, floating *s) noexcept nogil:
+    rules.rowwise_adagrad_finish(numbers, sums[0], size, s)
+
+
+cdef Kernel row_by_row(Kernel found, Reduce32 reduce32, Reduce64 reduce64, FinishRow32 finish32,
+                       FinishRow64 finish64) noexcept nogil:
+    found.reduce32, found.reduce64, found.finish_row32, found.finish_row64 = reduce32, reduce64, finish32, finish64
+    return found
+
+
 # --- no rules ---------------------------------------------------------------------------------------------------------
 
 cdef void exchange_span(floating *restrict p, const floating *restrict g, floating *restrict _1, floating *restrict _2,
@@ -584,6 +614,7 @@ adadelta = rule("adadelta", ("square_avg", "acc_delta"), <rules.Adadelta *>NULL)
 rmsprop = rule("rmsprop", ("square_avg", "momentum_buffer", "grad_avg"), <rules.RMSprop *>NULL)
 adamax = rule("adamax", ("exp_avg", "exp_inf"), <rules.Adamax *>NULL)
 adam = rule("adam", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), <rules.Adam *>NULL)
+sparse_adam = rule("sparse_adam", ("exp_avg", "exp_avg_sq"), <rules.SparseAdam *>NULL)
 adabelief = rule("adabelief", ("exp_avg", "exp_avg_var"), <rules.AdaBelief *>NULL)
 radam = rule("radam", ("exp_avg", "exp_avg_sq"), <rules.RAdam *>NULL)
 nadam = rule("nadam", ("exp_avg", "exp_avg_sq"), <rules.NAdam *>NULL)
@@ -598,6 +629,11 @@ adam_scaled = summing_rule("adam_scaled", ("exp_avg", "exp_avg_sq", "max_exp_avg
 lars = summing_rule("lars", ("momentum_buffer",), <rules.LARS *>NULL)
 lamb = summing_rule("lamb", ("exp_avg", "exp_avg_sq"), <rules.LAMB *>NULL)
 prodigy = summing_rule("prodigy", ("exp_avg", "exp_avg_sq", "s", "p0"), <rules.Prodigy *>NULL)
+rowwise_adagrad = Rule.make(
+    "rowwise_adagrad", ("sum",),
+    row_by_row(kernel(<rules.RowwiseAdagrad *>NULL), <Reduce32>row_sums[float], <Reduce64>row_sums[double],
+               <FinishRow32>finish_row[float], <FinishRow64>finish_row[double]),
+    <Pack>pack[rules.RowwiseAdagrad])
 average = rule("average", (), <rules.Average *>NULL)
 scale = rule("scale", (), <rules.Scale *>NULL)
 clamp = rule("clamp", (), <rules.Clamp *>NULL)

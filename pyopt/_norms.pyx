@@ -5,7 +5,7 @@ from libc.math cimport ilogb, isfinite, isnan, pow, sqrt
 from libc.stdlib cimport qsort
 from libc.string cimport memcpy, memset
 
-from pyopt._engine cimport BLOCK, ROW_COST, SUMS, Numbers, Rule, Work, number_blocks, sum_gradients, sweep
+from pyopt._engine cimport ROW_COST, SUMS, Numbers, Rule, Work, blocks_of, number_blocks, sum_gradients, sweep
 
 from pyopt._isa import kernels
 
@@ -116,7 +116,7 @@ cdef list power_sums(Work *work, Py_ssize_t count, double power, double scale):
         for k in range(count):
             w = &work[k]
             own = 0
-            for i in range(w.block, w.block + (w.size + BLOCK - 1) // BLOCK if w.stream[1] != NULL else w.block):
+            for i in range(w.block, w.block + blocks_of(w) if w.stream[1] != NULL else w.block):
                 own = added(own, sums[SUMS * i], power)
             found.append(own)
     finally:

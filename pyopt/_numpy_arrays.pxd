@@ -12,6 +12,9 @@ cdef extern from "numpy/ndarraytypes.h" nogil:
         NPY_UBYTE
         NPY_SHORT
         NPY_HALF
+        NPY_INT
+        NPY_LONG
+        NPY_LONGLONG
         NPY_FLOAT
         NPY_DOUBLE
         NPY_ARRAY_ALIGNED

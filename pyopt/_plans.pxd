@@ -17,7 +17,7 @@ cdef class Plan:
     cdef tuple aside_names  # of what it keeps beside its arrays
     cdef object unsigned  # those that are never negative
     cdef bint chance
-    cdef bint stateless, finite
+    cdef bint stateless, finite, takes_rows
     cdef object too_large
 
 

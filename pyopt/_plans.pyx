@@ -23,6 +23,7 @@ cdef class Plan:
     rule: what steps the group.
     names: the state array behind each stream of the rule, None where the options need none; None for a group that
     the kernels do not step.
+    takes_rows: whether gradients may be row-sparse.
     """
 
 
@@ -88,6 +89,7 @@ cdef Plan new_plan(optimizer, Py_ssize_t g, group, bint counts_steps):
     plan.names = optimizer.state_streams(plan.options)
     if plan.names is not None and len(plan.names) > STATES:
         raise ValueError(f"state_streams returned {plan.names}, must have at most {STATES} names")
+    plan.takes_rows = optimizer.takes_rows(plan.options)
     plan.first_name = "step" if counts_steps else None
     for j, name in enumerate(plan.names or ()):
         if name is not None:

@@ -183,6 +183,17 @@ cdef inline floating adam(floating p, floating g, floating* m, floating* v, floa
     return p * <floating>h.decay_factor - <floating>h.step_size * m[0] / d
 
 
+# Of the elements of rows that are touched; step_size = lr * sqrt(1 - beta2**t) / (1 - beta1**t).
+ctypedef struct SparseAdam:
+    double gradient_factor, step_size, weight1, weight2, eps
+
+cdef inline floating sparse_adam(floating p, floating g, floating* m, floating* v, const SparseAdam* h) noexcept nogil:
+    g = <floating>h.gradient_factor * g
+    m[0] = m[0] + <floating>h.weight1 * (g - m[0])
+    v[0] = v[0] + <floating>h.weight2 * (g * g - v[0])
+    return p - <floating>h.step_size * (m[0] / (root(v[0]) + <floating>h.eps))
+
+
 ctypedef struct AdaBelief:
     double gradient_factor, step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
     double decay_factor
@@ -432,6 +443,26 @@ cdef inline void prodigy_finish(Prodigy* h, const double* sums, Py_ssize_t size)
 
 cdef inline floating prodigy(floating p, floating m, floating v, const Prodigy* h) noexcept nogil:
     return p * <floating>h.decay_factor - <floating>h.step_size * m / (root(v) + <floating>h.eps)
+
+
+# --- rules that need sums over rows -----------------------------------------------------------------------------------
+# *_term makes of an element what is summed over its row, in double; *_finish makes of the sum the row's own number, its
+# state, and the numbers of its step; the rule follows.
+
+ctypedef struct RowwiseAdagrad:
+    double gradient_factor, lr, eps, weight_decay, decay_factor
+
+cdef inline double rowwise_adagrad_term(floating p, floating g, const RowwiseAdagrad* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    return <double>g * <double>g
+
+cdef inline void rowwise_adagrad_finish(RowwiseAdagrad* h, double sum, Py_ssize_t size, floating* s) noexcept nogil:
+    s[0] = <floating>(s[0] + sum / size)
+    h.lr = h.lr / (sqrt(s[0]) + h.eps)
+
+cdef inline floating rowwise_adagrad(floating p, floating g, const RowwiseAdagrad* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    return p * <floating>h.decay_factor - <floating>h.lr * g
 
 
 # --- no optimizers ----------------------------------------------------------------------------------------------------

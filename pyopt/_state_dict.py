@@ -262,7 +262,7 @@ def check_entry(optimizer: Optimizer, what: str, entry: State, p: Parameter, gro
         if f"{name}_absmax" in entry and name in entry:
             check_codes(what, name, entry[name], entry[f"{name}_absmax"], p.data)
         else:
-            check_state_values(what, name, entry, p.data)
+            check_state_values(what, name, entry, p.data, optimizer.rule is not None and optimizer.rule.by_row)
     if (master := storage.master_of(p.data.dtype.name, storage.checked(group))) is not None:
         if master not in entry:
             raise KeyError(f"{what}: state_dict has no {master!r}, only {sorted(map(str, entry))}")
@@ -315,8 +315,9 @@ def _fits(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any], data: np.nda
         and array.flags.writeable
         and array.flags.aligned
         and (
-            array.shape != data.shape
-            or same_order(data.shape, array.strides, data.strides, array.itemsize, data.itemsize)
+            same_order(data.shape, array.strides, data.strides, array.itemsize, data.itemsize)
+            if array.shape == data.shape
+            else array.flags.forc
         )
     )
 

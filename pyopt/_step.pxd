@@ -7,6 +7,7 @@ from pyopt._asked cimport Asked, Average
 from pyopt._engine cimport AVERAGES, STATES, Averaged, Extras, Numbers, Rule, Stored, Work
 from pyopt._lock cimport Lock
 from pyopt._plans cimport Plan
+from pyopt._rows cimport Sorter, Touched
 from pyopt._views cimport View
 
 
@@ -41,6 +42,8 @@ cdef struct Row:  # one parameter
     PyObject *param
     PyObject *data  # the array behind it
     PyObject *grad
+    PyObject *indices  # of a row-sparse gradient, else NULL
+    PyObject *values
     PyObject *entry  # its dict in optimizer.state, NULL while it has none
     PyObject *made  # its first state, a dict, which comes into the entry after the sweep; else NULL
     PyObject *state[STATES]
@@ -61,11 +64,13 @@ cdef struct Row:  # one parameter
     bint has_copy  # its gradient is the workspace's copy of it
     char *count_at[COUNTS]
     int count_size[COUNTS]
+    Touched touched  # the rows of a table that the gradient touches
     # From step to step, numbers alone.
     Range known_free  # between what is written, where its last gradient lay
     Py_ssize_t free_version
     uint64_t passed  # a digest of objects and addresses that a closer look has passed
     bint careful  # it was left before: the closer look comes first
+    Sorter sorter  # of row-sparse gradients
 
 
 cdef class Workspace(Lock):
@@ -94,6 +99,8 @@ cdef class Workspace(Lock):
     cdef tuple count_names, shared_numbers
     cdef int n_counts
     cdef bint counts_steps, armed
+    cdef bint needs_rows  # all gradients must be row-sparse
+    cdef bint bare_rows  # gradients may be row-sparse where no rule runs
     cdef bint again  # the look, since Python code has run or must run
     cdef bint unsteady  # other Python code has run than in a step that changes nothing but numbers
     cdef Py_ssize_t n_rows, n_work, n_written, cursor
@@ -139,6 +146,10 @@ cdef class Workspace(Lock):
     cdef PyObject *find_entry(self, param) except? NULL
     cdef int look(self, optimizer) except -1
     cdef int look_once(self) except -1
+    cdef Py_ssize_t look_at_rows(self, Row *row, Work *work, const View *p, const void *indices, int itemsize,
+                                 Py_ssize_t n, bint *ascending) except -2
+    cdef bint steps_by_row(self, Row *row)
+    cdef int take_all_rows(self, Row *row, Work *work, const View *p) except -1
     cdef int order_written(self) except -1
     cdef bint add_written(self, Py_ssize_t row, char *begin, char *end, bint is_gradient=*) except -1
     cdef int find_tangles(self, Row *row, Py_ssize_t index) except -1
@@ -156,6 +167,7 @@ cdef class Workspace(Lock):
     cdef bint has_master(self, Row *row, Plan plan) except -1
     cdef int read_view(self, PyObject *array, View *v) except -1
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1
+    cdef int refuse_gradient(self, Row *row, Py_ssize_t index, optimizer) except -1
     cdef int check_entry(self, Row *row, Py_ssize_t index) except -1
     cdef bint holds(self, PyObject *entry, name) except -1
     cdef Py_ssize_t read_step(self, Row *row, Py_ssize_t index) except -2

@@ -25,11 +25,13 @@ from libc.string cimport memcmp, memcpy, memset
 from pyopt._asked cimport FILL, KEEP, RAISE, SKIP, Asked, Average
 from pyopt._engine cimport (
     AVERAGES, BFLOAT16, CHANCE_BFLOAT16, CHANCE_FLOAT16, FLOAT16, KAHAN_BFLOAT16, KAHAN_FLOAT16, ROW_COST, SIGNED_CODES,
-    SPLIT, STATES, SUMS, UNSIGNED_CODES, Averaged, Numbers, Outcome, Rule, Stored, Work, number_blocks, sweep,
+    SPLIT, STATES, SUMS, UNSIGNED_CODES, Averaged, Numbers, Outcome, Rule, Stored, Work, cost_of,
+    number_blocks, sweep,
 )
 from pyopt._lock cimport Lock
 from pyopt._norms cimport power_sums
 from pyopt._plans cimport Plan, is_as_seen, new_plan
+from pyopt._rows cimport make_room, release, sort_rows
 from pyopt._storage cimport GROUP as CODE_GROUP
 from pyopt._storage cimport key_of_block, mixed
 from pyopt._views cimport (
@@ -88,6 +90,9 @@ cdef class Workspace(Lock):
         return type(self), ()  # a copy begins anew
 
     def __dealloc__(self):
+        cdef Py_ssize_t k
+        for k in range(self.row_capacity):
+            release(&self.rows[k].sorter)
         PyMem_Free(self.rows)
         PyMem_Free(self.work)
         PyMem_Free(self.numbers)
@@ -437,6 +442,8 @@ cdef class Workspace(Lock):
         self.count_names = ("step", *optimizer.number_states) if self.counts_steps else ()
         self.n_counts = len(self.count_names)
         self.shared_numbers = optimizer.shared_numbers
+        self.needs_rows = optimizer.needs_rows
+        self.bare_rows = self.bare and not self.exchanging and optimizer.takes_rows({})
         self.cursor = 0
         memset(self.cursors, 0, sizeof(self.cursors))
         self.groups = list(optimizer.param_groups)
@@ -480,6 +487,9 @@ cdef class Workspace(Lock):
                     row.route = KERNEL if self.bare or plan.names is not None else LEFT
                     row.beside = self.bare
                     self.take_gradient(row, k)
+                    if row.route == KERNEL and not row.beside and (
+                            not plan.takes_rows if row.values != NULL else self.needs_rows):
+                        self.refuse_gradient(row, k, optimizer)
                 elif self.averages:
                     row.route = KERNEL
                     row.beside = True
@@ -556,7 +566,7 @@ cdef class Workspace(Lock):
         self.take_arrays(row, index)
         if self.counts_steps and row.route == KERNEL:
             return min(self.read_step(row, index) + 1, MOST_STEPS)
-        return 1 if row.made != NULL else 2
+        return 1 if row.made != NULL and row.values == NULL else 2  # each row has a first step of its own
 
     cdef int take_aside(self, Row *row, Plan plan, PyObject *source, Py_ssize_t index) except -1:
         """Take what the state keeps beside the parameter, and beside each array."""
@@ -663,8 +673,7 @@ cdef class Workspace(Lock):
         for k in range(self.n_rows):
             row = &self.rows[k]
             w = &self.work[self.n_work]
-            w.clears = False
-            w.stored = NULL
+            w.clears, w.touched, w.stored = False, NULL, NULL
             row.work = -1
             if not self.look_at(row, k, w):
                 continue
@@ -673,7 +682,7 @@ cdef class Workspace(Lock):
             w.slot = row.slot
             if not w.is_double and self.slot_errors[row.slot] is not None:
                 raise ValueError(f"{label(k, <object>row.param)} is float32: {self.slot_errors[row.slot]}")
-            cost += w.size + ROW_COST
+            cost += cost_of(w) + ROW_COST
             self.n_work += 1
         if self.again:
             return 0
@@ -706,6 +715,32 @@ cdef class Workspace(Lock):
         self.written[self.n_written].is_gradient = is_gradient
         self.n_written += 1
         return True
+
+    cdef Py_ssize_t look_at_rows(self, Row *row, Work *w, const View *p, const void *indices, int itemsize,
+                                 Py_ssize_t n, bint *ascending) except -2:
+        """Sort n indices of rows into the work; the place of the first that is not of the table p, -1 for none."""
+        cdef Py_ssize_t rows = p.shape[0], wrong
+        make_room(&row.sorter, n)
+        wrong = sort_rows(&row.sorter, &row.touched, indices, itemsize, n, rows, ascending)
+        row.touched.width = p.size // rows if rows else 0
+        if row.touched.width == 0:
+            row.touched.count = 0
+        w.touched = &row.touched
+        return wrong
+
+    cdef bint steps_by_row(self, Row *row):
+        """Whether the rule of a row of the step goes row by row over the table that the parameter then is."""
+        return not row.beside and (<Plan>self.new_plans[row.group]).rule.kernel.finish_row32 != NULL
+
+    cdef int take_all_rows(self, Row *row, Work *w, const View *p) except -1:
+        """Have all rows of the table p stepped."""
+        row.touched.row = row.touched.first = row.touched.place = NULL
+        row.touched.count = p.shape[0] if p.ndim else 1
+        row.touched.width = p.size // row.touched.count if row.touched.count else 0
+        if row.touched.width == 0:
+            row.touched.count = 0
+        w.touched = &row.touched
+        return 0
 
     cdef int order_written(self) except -1:
         """Put in ascending order what is written, where it is not what it was; find what shares memory."""
@@ -885,6 +920,8 @@ cdef class Workspace(Lock):
             let_go(&row.param)
             let_go(&row.data)
             let_go(&row.grad)
+            let_go(&row.indices)
+            let_go(&row.values)
             let_go(&row.entry)
             let_go(&row.made)
             for j in range(STATES):
@@ -939,6 +976,10 @@ cdef class Workspace(Lock):
 
     cdef int take_gradient(self, Row *row, Py_ssize_t index) except -1:
         """Check what kind of object a gradient is, or make one of the right kind."""
+        raise NotImplementedError
+
+    cdef int refuse_gradient(self, Row *row, Py_ssize_t index, optimizer) except -1:
+        """A gradient is row-sparse where the optimizer takes none, or not where it must be: raise, or leave the row."""
         raise NotImplementedError
 
     cdef int check_entry(self, Row *row, Py_ssize_t index) except -1:

@@ -83,6 +83,22 @@ cdef inline bint go_together(const View *p, const View *other) noexcept nogil:
     return (p.element == OF_FLOAT32 or is_short(p)) and (other.element == OF_FLOAT32 or is_short(other))
 
 
+cdef inline bint is_in_c_order(const View *v) noexcept nogil:
+    """Whether the elements lie side by side, the last axis being the innermost."""
+    cdef int64_t expected = v.itemsize // v.unit
+    cdef int i
+    for i in range(v.ndim - 1, -1, -1):
+        if v.shape[i] != 1 and v.strides[i] != expected:
+            return v.size == 0
+        expected *= v.shape[i]
+    return True
+
+
+cdef inline bint is_of_rows(const View *p, const View *s) noexcept nogil:
+    """Whether s has one element per row of p, side by side; without axes there is one row."""
+    return s.ndim == min(p.ndim, 1) and is_in_c_order(s) and (p.ndim == 0 or s.shape[0] == p.shape[0])
+
+
 cdef inline char *end_of(const View *v) noexcept nogil:
     """Behind the last element of a dense array."""
     return v.data + v.size * v.itemsize

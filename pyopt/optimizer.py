@@ -31,6 +31,7 @@ from pyopt.parameter import (
     label,
     parameter_ranges,
 )
+from pyopt.sparse import RowSparse
 from pyopt.storage import USUAL as STORAGE
 from pyopt.storage import Storage, check_for, in_codes, largest, master_of, state_type
 from pyopt.storage import checked as checked_storage
@@ -80,6 +81,8 @@ class Optimizer(Hooked):
     # Numbers that a rule makes of all parameters of a step together, kept in every group as options are: the first
     # fields of its struct.
     shared_numbers: ClassVar[tuple[str, ...]] = ()
+    # Whether gradients must be row-sparse; whether they may be says `takes_rows`.
+    needs_rows: ClassVar[bool] = False
     # Checks of options that the class has alone, or means otherwise than _options.CHECKS, where the usual ones stand.
     checks: ClassVar[Mapping[str, checks.Check]] = {}
     # Whether it steps float16 and bfloat16 too, as every compiled rule does by itself.
@@ -94,7 +97,7 @@ class Optimizer(Hooked):
         if vars(cls).get("rule") is not None:
             check_declaration(cls, cls.checks)
         if cls.rule is not None and "short_types" not in vars(cls):
-            cls.short_types = cls._move is Optimizer._move
+            cls.short_types = cls._move is Optimizer._move and not (cls.rule.by_row or cls.needs_rows)
         if cls.rule is not None and tuple(cls.state_names) != cls.rule.states:  # they are tied by their order
             raise TypeError(
                 f"{cls.__name__}: state_names is {tuple(cls.state_names)}, must be those of the rule "
@@ -193,8 +196,8 @@ class Optimizer(Hooked):
                 max_norm / (norm + 1e-6), as after `clip_grad_norm_`; they stay as they are.
             nonfinite: what a norm that is NaN or inf does: "apply" steps all the same, as torch does; "raise" is a
                 ValueError that names the parameter; "skip" leaves all as it is and adds 1 to `skipped_steps`.
-            zero_grad: True fills the gradients with zeros in the same pass, one that is read-only becomes None;
-                "set_to_none" makes all of them None. After a step that was skipped too.
+            zero_grad: True fills the gradients with zeros in the same pass, one that is read-only or row-sparse
+                becomes None; "set_to_none" makes all of them None. After a step that was skipped too.
             gradient_factor: what every gradient counts times in this step: 1 / n for the sums of n batches.
 
         Returns:
@@ -309,6 +312,10 @@ class Optimizer(Hooked):
         """The rule for a group; options can ask for the one that needs sums over whole tensors, `rule.summing`."""
         return self.rule
 
+    def takes_rows(self, group: Group) -> bool:
+        """Whether gradients may be row-sparse (RowSparse): the rule is then run on the touched rows alone."""
+        return self.needs_rows
+
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         """The numbers of the rule, in double: the fields of its struct in _rules.pxd.
 
@@ -356,7 +363,10 @@ class Optimizer(Hooked):
             if abs(value) > largest(dtype):
                 options = {key: value for key, value in group.items() if key in self.defaults}
                 raise ValueError(f"state {name!r} cannot begin at {value!r} in {dtype}: {options}")
-            state[name] = np.full_like(p.data, value, dtype)
+            if self.rule is not None and self.rule.by_row:
+                state[name] = np.full(p.data.shape[:1], value, dtype)
+            else:
+                state[name] = np.full_like(p.data, value, dtype)
         if (master := master_of(p.data.dtype.name, storage)) is not None:
             state[master] = np.zeros_like(p.data, np.int16 if master == "low_bits" else None)
         return state
@@ -373,6 +383,8 @@ class Optimizer(Hooked):
         for p in self._parameters():
             if set_to_none:
                 p.grad = None
+            elif isinstance(p.grad, RowSparse):  # no row has a gradient
+                p.grad = RowSparse(p.grad.indices[:0], p.grad.values[:0], p.grad.shape)
             elif isinstance(p.grad, np.ndarray) and p.grad.flags.writeable:
                 p.grad.fill(0)
             elif p.grad is not None:  # a NumPy scalar, or an array of another library

@@ -40,7 +40,8 @@ class Parameter:
             anew: a shape or strides that were set in place are followed, and an array that was made read-only is an
             error that names it.
         grad: gradient of the loss, same shape as `data`, in any memory order; None for "none". float64 with float64;
-            with the others float32, float16 or bfloat16.
+            with the others float32, float16 or bfloat16. Or the rows of it that are not zero, a RowSparse, where the
+            optimizer takes it.
         name: used in error messages.
 
     Raises:
@@ -149,6 +150,14 @@ def check_data(what: str, data: Any) -> np.ndarray[Any, Any]:
     return data
 
 
+def check_c_order(what: str, data: np.ndarray[Any, Any]) -> None:
+    """Raise unless the rows of a table lie one behind the other."""
+    if not data.flags.c_contiguous:
+        raise ValueError(
+            f"{what} has shape {data.shape} and strides {data.strides}, must be in C order to be stepped row by row"
+        )
+
+
 def is_dense(shape: Sequence[int], strides: Sequence[int], unit: int) -> bool:
     """Whether the elements, each as long as `unit` in the strides, lie side by side, in any order of the axes."""
     expected = unit
@@ -179,8 +188,11 @@ def check_long(what: str, data: np.ndarray[Any, Any], owner: str) -> np.ndarray[
     return data
 
 
-def check_state_values(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any]) -> None:
-    """Raise unless the state has an array of this name with the parameter's shape and a dtype that goes with its."""
+def check_state_values(
+    what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any], by_row: bool = False
+) -> None:
+    """Raise unless the state has an array of this name with the parameter's shape, or a number per row, and a dtype
+    that goes with the parameter's."""
     if name not in state:
         raise KeyError(f"{what}: state has no {name!r}, only {sorted(state)}; was an option that needs it turned on?")
     array = state[name]
@@ -188,14 +200,19 @@ def check_state_values(what: str, name: str, state: dict[str, Any], data: np.nda
         raise TypeError(f"{what}: state {name!r} is a {type(array).__name__}, must be a numpy.ndarray")
     if not array.dtype.isnative or not go_together(data.dtype, array.dtype):
         raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {types_beside(data.dtype)}")
-    if array.shape != data.shape:
+    if by_row and array.shape != data.shape[:1]:
+        raise ValueError(f"{what}: state {name!r} has shape {array.shape}, must be {data.shape[:1]}: a number per row")
+    if not by_row and array.shape != data.shape:
         raise ValueError(f"{what}: state {name!r} has shape {array.shape}, must be {data.shape} like the parameter")
 
 
-def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any]) -> None:
+def check_state(what: str, name: str, state: dict[str, Any], data: np.ndarray[Any, Any], by_row: bool = False) -> None:
     """Raise unless the state array of this name can be walked together with the parameter."""
-    check_state_values(what, name, state, data)
+    check_state_values(what, name, state, data, by_row)
     array = check_data(f"{what}: state {name!r}", state[name])
+    if by_row:
+        check_c_order(what, data)
+        return
     if not same_order(data.shape, array.strides, data.strides, array.itemsize, data.itemsize):
         raise ValueError(
             f"{what}: state {name!r} has strides {array.strides}, must have {data.strides} like the parameter"

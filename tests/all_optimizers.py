@@ -25,6 +25,7 @@ from pyopt import (
     Parameter,
     RAdam,
     RMSprop,
+    RowwiseAdagrad,
     Rprop,
     SGDScheduleFree,
 )
@@ -118,6 +119,7 @@ TABLE = [
         {"weight_decay": 0.1},
         ["step", "lr_max", "weight_sum", "z", "exp_avg_sq"],
     ),
+    (RowwiseAdagrad, {"lr": 0.1, "weight_decay": 0.1}, {"eps": 0.1}, ["sum"]),
     (Own, {}, {"decay": 0.5}, ["n", "mean"]),
 ]
 IDS = ["-".join([row[0].__name__, *row[1]]) for row in TABLE]
@@ -150,6 +152,7 @@ GROUP_KEYS = {
     AdamWScheduleFree: "lr betas eps weight_decay warmup_steps r weight_lr_power maximize train_mode",
     LAMB: "lr betas eps weight_decay trust_ratio maximize",
     LARS: "lr momentum weight_decay trust_coefficient nesterov trust_ratio maximize",
+    RowwiseAdagrad: "lr eps weight_decay initial_accumulator_value maximize decoupled_weight_decay",
     Own: "lr decay maximize",
 }
 # The same values in another memory order; parameters can be those of DENSE.

@@ -225,6 +225,15 @@ CASES = [
         maximize=MAXIMIZE,
     ),
     *combinations(
+        pyopt.RowwiseAdagrad,
+        reference.rowwise_adagrad,
+        eps=[None, 1e-2],
+        weight_decay=DECAY,
+        decoupled_weight_decay=[None, True],
+        initial_accumulator_value=[None, 0.5],
+        maximize=MAXIMIZE,
+    ),
+    *combinations(
         pyopt.SGDScheduleFree,
         reference.sgd_schedule_free,
         lr=[0.1],
@@ -273,6 +282,7 @@ BRIEF = [
     Case(pyopt.AdEMAMix, reference.ademamix),
     Case(pyopt.Adan, reference.adan),
     Case(pyopt.FTRL, reference.ftrl, {"l1": 0.1}),
+    Case(pyopt.RowwiseAdagrad, reference.rowwise_adagrad, {"weight_decay": 0.1}),
     Case(pyopt.SGDScheduleFree, reference.sgd_schedule_free, {"weight_decay": 0.1}),
     Case(pyopt.AdamWScheduleFree, reference.adamw_schedule_free, {"weight_decay": 0.1}),
 ]

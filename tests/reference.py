@@ -395,3 +395,45 @@ def adamw_schedule_free(p: Array, g: Array, s: State, h: State) -> tuple[Array, 
     g = penalized(signed(g, h) / d, p, h)
     y = lerp(p, z, c) + f(lr * (beta1 * (1 - c) - 1)) * g
     return y, {**new, "z": z - f(lr) * g, "exp_avg_sq": v}
+
+
+# --- tables of which a gradient touches some rows ---------------------------------------------------------------------
+
+
+def sparse_adam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    beta1, beta2 = h["betas"]
+    g = signed(g, h)
+    t, (m, v) = started(p, s, "exp_avg", "exp_avg_sq")
+    m = m + f(1 - beta1) * (g - m)
+    v = v + f(1 - beta2) * (g * g - v)
+    step_size = h["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+    return p - f(step_size) * (m / (np.sqrt(v) + f(h["eps"]))), {"step": t, "exp_avg": m, "exp_avg_sq": v}
+
+
+def rowwise_adagrad(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
+    f = p.dtype.type
+    p, g = decayed(p, g, h)
+    sums = np.array(s["sum"] if s else np.full(p.shape[:1], h["initial_accumulator_value"], p.dtype))
+    result = np.array(p)
+    for i in np.ndindex(sums.shape) if p.size else ():
+        sums[i] = f(float(sums[i]) + mean(squared(np.atleast_1d(g[i]))))
+        result[i] -= f(h["lr"] / (math.sqrt(sums[i]) + h["eps"])) * g[i]
+    return result, {"sum": sums}
+
+
+def of_rows(oracle: Any, p: Array, g: Any, s: State, h: State) -> tuple[Array, State]:
+    """An oracle on the touched rows alone, each once with the sum of its values; s has the whole state already."""
+    rows = np.unique(g.indices)
+    sums = np.zeros((len(rows), *p.shape[1:]))
+    np.add.at(sums, np.searchsorted(rows, g.indices), g.values.astype(np.float64))
+    touched = {k: v[rows] if isinstance(v, np.ndarray) else v for k, v in s.items()}
+    part, after = oracle(p[rows], sums.astype(p.dtype), touched, h)
+    p, s = p.copy(), {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in s.items()}
+    p[rows] = part
+    for name, value in after.items():
+        if isinstance(value, np.ndarray):
+            s[name][rows] = value
+        else:
+            s[name] = value
+    return p, s

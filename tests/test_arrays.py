@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from all_optimizers import BROADCAST, CLASSES, DENSE, LAYOUTS, ONE, TYPES, Own, bits, make, params_of, random, values
-from pyopt import Adam, Parameter
+from pyopt import Adam, Parameter, RowwiseAdagrad
 
 SHAPES = [(33, 70), (2, 3, 4), (7,), (1,), (), (0,), (3, 0, 2), (1, 1, 5), (600, 40)]
 
@@ -18,6 +18,8 @@ SHAPES = [(33, 70), (2, 3, 4), (7,), (1,), (), (0,), (3, 0, 2), (1, 1, 5), (600,
 @CLASSES
 def test_memory_order(cls, options, dtype, layout):
     """Of parameter and gradient: the same bits as in C order, stored or passed; and gradients are not written."""
+    if cls is RowwiseAdagrad:
+        pytest.skip("its tables lie in C order")
     spread = (LAYOUTS | BROADCAST)[layout]
     starts = [random(s, dtype, i) for i, s in enumerate(SHAPES)]
     reference = cls([x.copy() for x in starts], **options)
@@ -69,8 +71,9 @@ ALIASES = {
 }
 
 
-# The state of a user's own rule is the rule's own affair.
-ALIASED = [(*c.values, k) for c in ONE.values() for k in ALIASES if not (c.values[0] is Own and "state" in k)]
+# The state of a user's own rule is the rule's own affair, and one with a number per row has no gradient's shape.
+OTHERS = (Own, RowwiseAdagrad)
+ALIASED = [(*c.values, k) for c in ONE.values() for k in ALIASES if not (c.values[0] in OTHERS and "state" in k)]
 
 
 @TYPES

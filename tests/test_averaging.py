@@ -170,6 +170,9 @@ def test_parameters_without_gradient_are_averaged_as_well(kind: str, settings: A
 @few
 @brief_kinds
 def test_parameters_in_other_memory_orders(cls: Any, options: Any, kind: str, settings: Any) -> None:
+    if cls is pyopt.RowwiseAdagrad:
+        pytest.skip("its tables lie in C order")
+
     def made() -> Any:
         return cls(
             [pyopt.Parameter(np.asfortranarray(random((30, 40), seed=1))), pyopt.Parameter(random((7,)))], **options

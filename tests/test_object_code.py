@@ -103,7 +103,10 @@ def report(request: pytest.FixtureRequest, source: Path) -> Report:
 
 @pytest.mark.parametrize(
     "module",
-    ["_engine", "_matrix", "_norms", "_lock", "_plans", "_asked", "_step", "_arrays", "_kernels", "torch/_tensors"],
+    [
+        *["_rows", "_engine", "_matrix", "_norms", "_lock", "_plans", "_asked", "_step", "_arrays", "_kernels"],
+        "torch/_tensors",
+    ],
 )
 def test_baseline_has_no_avx(module: str) -> None:
     """What runs before the CPU has been asked must run on every x86-64."""
@@ -132,6 +135,7 @@ SUMS = [name for name, value in vars(_kernels).items() if isinstance(value, Rule
 LOOPS = {
     **{rule: (2, rf"\(__pyx_v_p\[.* = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}\(") for rule in RULES},
     **{f"terms of {rule}": (2, rf"__pyx_fuse_[01]__pyx_f_5pyopt_6_rules_{rule}_terms\(\(__pyx_v_p") for rule in SUMS},
+    "term of rowwise_adagrad": (2, r"= __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_rowwise_adagrad_term\(\(__pyx_v_p"),
     "exchange": (2, r"\(__pyx_v_q\[__pyx_v_i\]\) = __pyx_v_x;"),
     "add_squares": (2, r"\(__pyx_v_x\[__pyx_v_i\]\) = .* \+ __pyx_fuse_[01]\w*kernels_square\("),
     "magnitudes": (2, r"\(__pyx_v_x\[__pyx_v_i\]\) = __pyx_fuse_[01]__pyx_f_5pyopt_6_rules_magnitude\(\("),

@@ -42,6 +42,7 @@ from pyopt import (
     Parameter,
     RAdam,
     RMSprop,
+    RowwiseAdagrad,
     Rprop,
     SGDScheduleFree,
 )
@@ -113,6 +114,7 @@ DEFAULTS = {
     FTRL: (1e-3, 0, 0, 0, 0.1, False),
     LAMB: (1e-3, (0.9, 0.999), 1e-6, 0, True, False),
     LARS: (1.0, 0.9, 0, 1e-3, False, True, False),
+    RowwiseAdagrad: (1e-2, 1e-8, 0, 0, False, False),
     SGDScheduleFree: (1.0, 0.9, 0, 0, 0, 2, False, True),
     AdamWScheduleFree: (2.5e-3, (0.9, 0.999), 1e-8, 0, 0, 0, 2, False, True),
     Own: (0.1, 0.9, False),

@@ -22,7 +22,7 @@ from all_optimizers import (
     random,
     values,
 )
-from pyopt import SGD, Adagrad, Adam, AdamW, Lion, Parameter, RMSprop
+from pyopt import SGD, Adagrad, Adam, AdamW, Lion, Parameter, RMSprop, RowwiseAdagrad
 
 # --- state ------------------------------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ from pyopt import SGD, Adagrad, Adam, AdamW, Lion, Parameter, RMSprop
 @TYPES
 @WITH_KEYS
 def test_state(cls, options, keys, dtype):
-    for order in "C", "F":
+    for order in "C" if cls is RowwiseAdagrad else "CF":
         opt, params = make(cls, options, dtype, order=order, shapes=[(3, 4), (), (0, 2), (2, 3, 4)])
         if cls is Adagrad:  # as in torch, there from the start
             start = options.get("initial_accumulator_value", 0)
@@ -52,7 +52,8 @@ def test_state(cls, options, keys, dtype):
                         assert type(value) is int
                         assert value == step
                     else:
-                        assert (value.dtype, value.shape, value.strides) == (dtype, p.data.shape, p.data.strides)
+                        like = p.data if cls is not RowwiseAdagrad else np.zeros(p.data.shape[:1], dtype)  # one a row
+                        assert (value.dtype, value.shape, value.strides) == (dtype, like.shape, like.strides)
         assert list(opt.state_dict()["state"]) == (list(range(4)) if keys else [])
 
 
@@ -119,7 +120,7 @@ def test_state_entry_replaced(cls, options, dtype):
     for p, q in zip(params, twins, strict=True):
         for key, value in opt.state[p].items():
             if isinstance(value, np.ndarray):
-                old, new = value.tobytes(), np.square(random(p.data.shape, dtype, 7), out=np.empty(p.data.shape, dtype))
+                old, new = value.tobytes(), np.square(random(value.shape, dtype, 7), out=np.empty(value.shape, dtype))
                 twin.state[q][key][...] = new
                 opt.state[p][key] = new
                 replaced.append((opt.state[p], key, new, value, old))
@@ -292,6 +293,8 @@ def test_load_replaces_all_state(cls, options):
 @CLASSES
 def test_load_into_other_memory_order(cls, options, dtype):
     """Arrays are copied element by element, from any memory order into that of the parameter."""
+    if cls is RowwiseAdagrad:
+        pytest.skip("its tables lie in C order")
     opt, params = make(cls, options, dtype, steps=2, shapes=[(3, 4), (2, 3, 4)])
     sd = opt.state_dict()
     loaded = []

@@ -33,14 +33,15 @@ with mock.patch.object(sys, "argv", sys.argv[:1]):  # it parses the command line
 
 INFOS = {info.name: info for info in optim_db}
 OURS = [*ELEVEN, *MATRICES]  # the configurations of the latter: test_torch_matrices.py
-OF_TORCH = ["LBFGS", "SparseAdam"]  # handed out as they are
+ROWS = ["SparseAdam"]  # test_torch_rows.py
+OF_TORCH = ["LBFGS"]  # handed out as they are
 DTYPES = [torch.float32, torch.float64]
 IDS = {torch.float32: "float32", torch.float64: "float64"}
 STEPS = 8
 
 
 def test_every_optimizer_of_torch_is_here() -> None:
-    assert {*OURS, *OF_TORCH} == INFOS.keys()
+    assert {*OURS, *ROWS, *OF_TORCH} == INFOS.keys()
     for name in OF_TORCH:
         assert getattr(optim, name) is getattr(torch.optim, name)
 
@@ -126,7 +127,7 @@ def test_new_and_eager_state(name: str) -> None:
     assert files[0].getvalue() == files[1].getvalue()
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, *ROWS])
 def test_class(name: str) -> None:
     ours, theirs = getattr(optim, name), getattr(torch.optim, name)
     assert issubclass(ours, theirs) and ours is not theirs
@@ -161,7 +162,7 @@ def test_differentiable_goes_to_torch(name: str) -> None:
 
 ERRORS = [
     pytest.param(name, error, id=f"{name}-{error.optimizer_error_input.desc}".replace(" ", "_"))
-    for name in OURS
+    for name in [*OURS, *ROWS]
     for error in INFOS[name].optim_error_inputs_func(device="cpu", dtype=torch.float32)
 ]
 
@@ -225,7 +226,7 @@ MORE_ERRORS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, *ROWS])
 @pytest.mark.parametrize("row", MORE_ERRORS, ids=lambda row: str(row[1] or type(row[0])).replace(" ", ""))
 def test_more_constructor_errors(name: str, row: Any) -> None:
     """What torch refuses or accepts, with its type of exception and its message."""

@@ -26,6 +26,8 @@ class Adagrad(Optimizer):
         eps: added to the root, >= 0.
         maximize: ascend instead of descend.
 
+    Gradients are arrays, or row-sparse (see RowSparse): then it steps the touched rows alone, weight_decay included.
+
     State: "step" (t) and "sum" (s) per parameter, for the constructor's parameters from the start.
 
     Raises:
@@ -77,6 +79,9 @@ class Adagrad(Optimizer):
 
     def initial_value(self, name: str, group: Group) -> float:
         return float(group["initial_accumulator_value"])
+
+    def takes_rows(self, group: Group) -> bool:
+        return True
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         return {

@@ -28,6 +28,8 @@ class FTRL(Optimizer):
         initial_accumulator_value: what the sum n starts with, >= 0.
         maximize: ascend instead of descend.
 
+    Gradients are arrays, or row-sparse (see RowSparse): then it steps the touched rows alone.
+
     State: "z" and "n" per parameter.
 
     Raises:
@@ -76,6 +78,9 @@ class FTRL(Optimizer):
 
     def initial_value(self, name: str, group: Group) -> float:
         return float(group["initial_accumulator_value"]) if name == "n" else 0.0
+
+    def takes_rows(self, group: Group) -> bool:
+        return True
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         return {

@@ -26,6 +26,9 @@ class SGD(Optimizer):
         nesterov: look ahead along the momentum; needs momentum > 0 and dampening 0.
         maximize: ascend instead of descend.
 
+    Gradients are arrays, or row-sparse (see RowSparse): then it steps the touched rows alone, momentum and decay
+    included, and the momentum of each row begins at 0.
+
     State: "momentum_buffer" per parameter if momentum is not 0, else none.
 
     Raises:
@@ -79,6 +82,9 @@ class SGD(Optimizer):
                 f"nesterov == True with momentum == {group['momentum']!r} and dampening == {group['dampening']!r}, "
                 "must have momentum > 0 and dampening == 0"
             )
+
+    def takes_rows(self, group: Group) -> bool:
+        return True
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         return {

@@ -26,7 +26,6 @@ from pyopt.torch.optimizers import *  # noqa: F403
 
 if TYPE_CHECKING:  # what __getattr__ hands out
     from torch.optim import Optimizer as Optimizer
-    from torch.optim import SparseAdam as SparseAdam
     from torch.optim import lr_scheduler as lr_scheduler
     from torch.optim import swa_utils as swa_utils
 if hasattr(torch.optim, "Adafactor"):  # older torch has not

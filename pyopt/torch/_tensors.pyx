@@ -6,7 +6,7 @@
 # whose updates have an order.
 
 from cpython.bytes cimport PyBytes_AsString
-from cpython.dict cimport PyDict_GetItemWithError
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_SetItem
 from cpython.exc cimport PyErr_Clear
 from cpython.list cimport PyList_SetItem
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
@@ -20,12 +20,12 @@ from libc.string cimport memcmp, memcpy
 
 from pyopt._asked cimport FILL, RAISE, Average
 from pyopt._engine cimport AVERAGES, STATES, Averaged, Rule, Work
-from pyopt._norms cimport Batch
+from pyopt._norms cimport Batch, power_sums
 from pyopt._plans cimport Plan
 from pyopt._step cimport COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Row, Workspace, hold
 from pyopt._views cimport (
     OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
-    is_short, same_order, same_shape,
+    is_in_c_order, is_of_rows, is_short, same_order, same_shape,
 )
 
 import sys
@@ -37,6 +37,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pyopt.parameter import overlaps_itself
+
+
+cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
 
 
 # The part of DLPack (https://dmlc.github.io/dlpack) that is used; its ABI is stable within a major version.
@@ -78,6 +82,7 @@ cdef object is_inference = Tensor.is_inference
 cdef object increment_version = torch._C._increment_version  # not its wrapper in Python, which a signal could stop
 cdef object is_grad_enabled = torch.is_grad_enabled
 cdef object set_grad_enabled = torch._C._set_grad_enabled
+cdef object sparse_layout = torch.sparse_coo
 cdef object zero_all = torch._foreach_zero_
 cdef double INFINITY = float("inf")
 cdef bint takes_lists = True
@@ -276,11 +281,17 @@ cdef bint view_any(PyObject *tensor, View *v, list layouts) except -1:
     return v.data != NULL or v.size == 0  # gradients that are known to be zero have no memory
 
 
+cdef bint needs_whole(Rule rule) noexcept:
+    """Whether a rule needs more than its own elements of a tensor."""
+    return rule.kernel.finish != NULL or rule.kernel.finish_row32 != NULL
+
+
 cdef class TensorWorkspace(Workspace):
     """The steps of one torch optimizer."""
     # Of this step: per row that is left [why, its memory, whether torch has done what there is to do].
     cdef dict left
     cdef bint dry  # only to say what would be done
+    cdef bint has_int_steps  # the state counts steps in an int, not in a tensor
     # The tensors that are written. A list as long, made anew, has malloc tidy up all gradients freed since.
     cdef list touched
     cdef list layouts  # shapes and strides behind the views that do not come from the exchange API
@@ -358,6 +369,7 @@ cdef class TensorWorkspace(Workspace):
 
     cdef int collect(self, optimizer, list grads) except -1:
         self.layouts = []
+        self.has_int_steps = optimizer.has_int_steps
         self.folding = None
         if (flats or type(optimizer.state) is flat_state) and not self.dry:
             plain = grads is None and not self.bare and not optimizer._averages and self.nonfinite != RAISE
@@ -402,7 +414,7 @@ cdef class TensorWorkspace(Workspace):
             return self.leave(row, index, None)
         if not is_plain(param):
             if type(param) is distributed_tensor_type():
-                if not row.beside and (<Plan>self.new_plans[row.group]).rule.kernel.finish != NULL:
+                if not row.beside and needs_whole((<Plan>self.new_plans[row.group]).rule):
                     return self.leave(row, index, "it is a DTensor, and its rule needs sums over the whole of it")
                 parts = as_local(param, grad)
                 if parts is None:
@@ -413,12 +425,32 @@ cdef class TensorWorkspace(Workspace):
             return self.leave(row, index, f"it is a {type(param).__name__}, not a plain tensor")
         if type(grad) is not tensor_type:
             return self.leave(row, index, f"its gradient is a {type(grad).__name__}, not a plain tensor")
-        if row.careful:
+        if row.careful or self.needs_rows:
             if not is_ordinary(param):
                 return self.leave(row, index, self.kind_of(param))
-            if not is_ordinary(grad):
+            if not is_ordinary(grad) and not self.take_rows(row):
                 return self.leave(row, index, f"its gradient is a {describe(grad)} tensor")
         return 0
+
+    cdef bint take_rows(self, Row *row) except -1:
+        """Take indices and values of a gradient of rows of a table; whether it is one that the kernels can walk."""
+        param, grad = <object>row.param, <object>row.grad
+        if (row.beside or self.averages or grad.layout is not sparse_layout or row.data != row.param
+                or grad.shape != param.shape or grad.sparse_dim() != 1):
+            return False
+        grad = grad.detach()
+        values, indices = grad._values().contiguous(), grad._indices()[0].contiguous()
+        if not is_ordinary(values) or values.dtype is not param.dtype or values.is_neg():
+            return False
+        hold(&row.values, values)
+        hold(&row.indices, indices)
+        row.keeps_gradient = True
+        return True
+
+    cdef int refuse_gradient(self, Row *row, Py_ssize_t index, optimizer) except -1:
+        moved = "" if row.values == NULL or not optimizer.core.takes_rows(optimizer, {}) else (
+            ", and momentum or weight decay moves other rows too")
+        return self.leave(row, index, f"its gradient is a {describe(<object>row.grad)} tensor{moved}")
 
     cdef int note_memory(self, list memory, tensor) except -1:
         """Append where a tensor of any kind lies."""
@@ -491,6 +523,11 @@ cdef class TensorWorkspace(Workspace):
 
     cdef bint view_count(self, Row *row, int j) except -1:
         cdef View c
+        cdef int overflow = 0
+        if self.has_int_steps and type(<object>row.count[j]) is int:
+            PyLong_AsLongLongAndOverflow(<object>row.count[j], &overflow)
+            row.count_at[j], row.count_size[j] = NULL, 0
+            return overflow == 0
         if (type(<object>row.count[j]) is not tensor_type or not self.view(row.count[j], &c) or is_short(&c)
                 or c.size != 1 or <size_t>c.data % c.itemsize):
             return False
@@ -508,7 +545,7 @@ cdef class TensorWorkspace(Workspace):
         cdef View p, s, g
         cdef int j
         cdef uint64_t digest
-        cdef bint in_order, fills
+        cdef bint in_order, fills, by_row = row.route == KERNEL and row.grad != NULL and self.steps_by_row(row)
         if row.route == IDLE:
             return False
         if row.route == LEFT:
@@ -534,15 +571,16 @@ cdef class TensorWorkspace(Workspace):
             if self.unsteady and not self.view_count(row, j):
                 self.leave(row, index, f"its state {self.count_names[j]!r} changes")
                 return False
-            digest = mixed(mixed(digest, row.count[j]), row.count_at[j])
+            if row.count_size[j] != 0:
+                digest = mixed(mixed(digest, row.count[j]), row.count_at[j])
             self.add_written(index, row.count_at[j], row.count_at[j] + row.count_size[j])
         for j in range(STATES):
             w.stream[2 + j] = NULL
             if row.state[j] == NULL or row.aside[1 + j] != NULL:  # the latter are looked at below
                 continue
             if (type(<object>row.state[j]) is not tensor_type or not self.view(row.state[j], &s)
-                    or not go_together(&p, &s) or not same_shape(&p, &s) or not same_order(&p, &s)
-                    or <size_t>s.data % s.itemsize):
+                    or not go_together(&p, &s) or <size_t>s.data % s.itemsize
+                    or not (is_of_rows(&p, &s) if by_row else same_shape(&p, &s) and same_order(&p, &s))):
                 name = (<Plan>self.new_plans[row.group]).names[j]
                 self.leave(row, index, f"its state {name!r} is of another dtype, shape or memory order")
                 return False
@@ -567,7 +605,17 @@ cdef class TensorWorkspace(Workspace):
         w.stream[1] = NULL
         if row.grad == NULL:
             return True
+        if by_row:
+            if not is_in_c_order(&p) or w.stored != NULL:
+                self.leave(row, index, "its rows do not lie one behind the other, or its type is a short one")
+                return False
+            self.take_all_rows(row, w, &p)
+        if row.values != NULL:
+            return self.look_at_values(row, index, &p, w)
         if not self.view(row.grad, &g) or not go_together(&p, &g):
+            if (not row.beside and (<Plan>self.new_plans[row.group]).takes_rows and self.take_rows(row)):
+                row.careful = self.again = self.unsteady = True
+                return False
             self.leave(row, index, f"its gradient is a {describe(<object>row.grad)} tensor")
             return False
         if not same_shape(&p, &g):
@@ -585,6 +633,31 @@ cdef class TensorWorkspace(Workspace):
         if fills:  # it is written too, and as such looked at for what it shares
             row.read.begin = row.read.end = NULL
             w.clears = not row.must_copy and not row.has_copy and not (<object>row.grad).requires_grad
+        return True
+
+    cdef bint look_at_values(self, Row *row, Py_ssize_t index, const View *p, Work *w) except -1:
+        """Look at a gradient of rows, and at which rows of the table p it has; whether there is work."""
+        cdef View g
+        cdef bint ascending
+        cdef Py_ssize_t wrong, n
+        indices = <object>row.indices
+        if w.stored != NULL:
+            self.leave(row, index, "its gradient is sparse, and it or its state of a short type")
+            return False
+        if not is_in_c_order(p) or not self.view(row.values, &g) or g.element != p.element:
+            self.leave(row, index, "its rows do not lie one behind the other")
+            return False
+        n = indices.numel()
+        if g.size * p.shape[0] != n * p.size or <size_t>g.data % g.itemsize:
+            self.leave(row, index, "its sparse gradient has values of another shape")
+            return False
+        wrong = self.look_at_rows(row, w, p, <const void *><size_t>indices.data_ptr(), 8, n, &ascending)
+        if wrong >= 0:
+            what = self.label_of(index)
+            raise IndexError(f"{what}: gradient: indices[{wrong}] == {indices[wrong].item()}, must be 0 to "
+                             f"{p.shape[0] - 1}")
+        w.stream[1] = g.data
+        row.read.begin, row.read.end = g.data, end_of(&g)
         return True
 
     cdef bint add_gradient(self, Row *row, Py_ssize_t index, const View *g) except -1:
@@ -680,6 +753,9 @@ cdef class TensorWorkspace(Workspace):
                     found.append(self.left_sum(&self.rows[k], power, scale))
                 continue
             w = &self.work[self.rows[k].work]
+            if w.touched != NULL:
+                found.append(power_sums(w, 1, power, scale)[0])
+                continue
             if self.rows[k].is_flat:
                 flat = self.folding.flat_of(<object>self.rows[k].param)
                 for i in range(flat.count):
@@ -712,8 +788,9 @@ cdef class TensorWorkspace(Workspace):
         cdef int n = 1, j
         each[0] = row.data
         for j in range(0 if row.beside else self.n_counts):
-            each[n] = row.count[j]
-            n += 1
+            if row.count_size[j] != 0:
+                each[n] = row.count[j]
+                n += 1
         for j in range(STATES):
             if row.state[j] != NULL:
                 each[n] = row.state[j]
@@ -824,7 +901,8 @@ cdef class TensorWorkspace(Workspace):
                 if row.data != row.param:
                     n = self.touch(n, row.data)
             for j in range(0 if row.beside else self.n_counts):
-                n = self.touch(n, row.count[j])
+                if row.count_size[j] != 0:
+                    n = self.touch(n, row.count[j])
             for j in range(STATES):
                 if row.state[j] != NULL:
                     n = self.touch(n, row.state[j])
@@ -851,10 +929,21 @@ cdef class TensorWorkspace(Workspace):
             PyList_SetItem(self.touched, n, <object>tensor)  # takes the reference
         return n + 1
 
+    cdef int make_counts(self, Row *row) except -1:
+        cdef int j
+        for j in range(self.n_counts):
+            if row.count_size[j] == 0:
+                PyDict_SetItem(<object>row.made, self.count_names[j], (<tuple>self.new_counts[row.slot])[j])
+        return 0
+
     cdef int store_counts(self, Row *row) noexcept:
         cdef int j
         cdef double value
         for j in range(self.n_counts):
+            if row.count_size[j] == 0:
+                if row.made == NULL:
+                    PyDict_SetItem(<object>row.entry, self.count_names[j], (<tuple>self.new_counts[row.slot])[j])
+                continue
             value = (<tuple>self.new_counts[row.slot])[j]
             if row.count_size[j] == 8:
                 (<double *>row.count_at[j])[0] = value
@@ -889,6 +978,8 @@ def unrecorded(function, *args):
 
 
 cdef double read(Row *row, int j) noexcept:
+    if row.count_size[j] == 0:
+        return <double>PyLong_AsLongLongAndOverflow(<object>row.count[j], &row.count_size[j])  # which was looked at
     return (<double *>row.count_at[j])[0] if row.count_size[j] == 8 else (<float *>row.count_at[j])[0]
 
 
@@ -945,7 +1036,7 @@ def fold_by(function, kind):
 
 
 cdef bint is_elementwise(Plan plan) noexcept:
-    return plan.names is not None and plan.rule.kernel.finish == NULL and plan.storage is None
+    return plan.names is not None and not needs_whole(plan.rule) and plan.storage is None
 
 
 cdef class Flat:

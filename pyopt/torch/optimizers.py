@@ -35,8 +35,10 @@ __all__ = [
     "Prodigy",
     "RAdam",
     "RMSprop",
+    "RowwiseAdagrad",
     "Rprop",
     "SGDScheduleFree",
+    "SparseAdam",
 ]
 
 
@@ -76,6 +78,10 @@ class Lion(OwnOptimizer, core=pyopt.Lion):
 
 class Adagrad(KernelStepMixin, torch.optim.Adagrad, core=pyopt.Adagrad):
     """torch.optim.Adagrad, its arguments, state and errors, with the step of pyopt.Adagrad."""
+
+
+class SparseAdam(KernelStepMixin, torch.optim.SparseAdam, core=pyopt.SparseAdam):
+    """torch.optim.SparseAdam, its arguments, state and errors, with the step of pyopt.SparseAdam."""
 
 
 class RMSprop(KernelStepMixin, torch.optim.RMSprop, core=pyopt.RMSprop):
@@ -202,6 +208,19 @@ class FTRL(OwnOptimizer, core=pyopt.FTRL):
         z = z + (g - (root - n.sqrt()) * h["inverse_lr"] * p)
         w = (sign(z) * h["l1"] - z) / (root * h["inverse_lr"] + h["ridge"])
         return torch.where(z.abs() <= h["l1"], 0, w), z, n + g * g
+
+
+class RowwiseAdagrad(OwnOptimizer, core=pyopt.RowwiseAdagrad):
+    """pyopt.RowwiseAdagrad for tensors: arguments, state and errors are its; sparse gradients of rows are taken."""
+
+    __init__ = constructor_of(pyopt.RowwiseAdagrad)
+
+    @staticmethod
+    def formula(h: Any, p: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        g = g + h["weight_decay"] * p if h["weight_decay"] else g
+        s = s + g.double().square().unsqueeze(-1).flatten(s.dim()).mean(-1).to(s.dtype)
+        lr = (h["lr"] / (s.double().sqrt() + h["eps"])).to(g.dtype)
+        return p * h["decay_factor"] - lr.reshape(s.shape + (1,) * (p.dim() - s.dim())) * g, s
 
 
 class LARS(OwnOptimizer, core=pyopt.LARS):

@@ -103,7 +103,8 @@ def refuse(optimizer: Any, left: list[tuple[int, Tensor]]) -> None:
         if p.grad is not None and p.grad.is_sparse:
             raise RuntimeError(f"{name} does not support sparse gradients")
         group = optimizer.param_groups[index]
-        if optimizer._side.rule_of(optimizer._side, {**optimizer._side.later, **group}).has_sums:
+        rule = optimizer._side.rule_of(optimizer._side, {**optimizer._side.later, **group})
+        if rule.has_sums or rule.by_row:
             if hasattr(p, "placements"):
                 raise RuntimeError(
                     f"{name} needs sums over whole parameters, and one is a DTensor: a part of it is here"

@@ -114,11 +114,13 @@ def is_running(call: FrameType) -> bool:
 class KernelStepMixin:
     """Mixin in front of a torch optimizer: its `step`, by the rule of the pyopt optimizer `core`.
 
-    Covered are dense tensors of float32, float64, bfloat16 and float16 on the CPU, with gradients of any memory order.
-    The short types are computed in float32 and rounded once, where torch's default rounds after each operation. What is
-    not covered (sparse gradients, complex numbers, other devices, tensor subclasses, `differentiable=True`, parameters
-    whose elements do not lie side by side or that share memory) takes torch's own step; so does all of a step that a
-    dispatch mode, a tracer or forward-mode differentiation follows.
+    Covered are dense tensors of float32, float64, bfloat16 and float16 on the CPU, with gradients of any memory
+    order; in SGD, Adagrad, SparseAdam, FTRL and RowwiseAdagrad sparse ones of rows too (float32 and float64),
+    unless momentum or weight decay would move other rows. The short types are computed in float32 and rounded once,
+    where torch's default rounds after each operation. What is not covered (other sparse gradients, complex numbers,
+    other devices, tensor subclasses, `differentiable=True`, parameters whose elements do not lie side by side or
+    that share memory) take torch's own step; so does all of a step that a dispatch mode, a tracer or forward-mode
+    differentiation follows.
     """
 
     _core: ClassVar[type[pyopt.Optimizer]]
@@ -164,8 +166,9 @@ class KernelStepMixin:
             if "__init__" not in vars(cls):
                 cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
             names = ["rule", "counts_steps", "number_states", "shared_numbers", "state_names", "later", "short_types"]
-            names.append("unsigned_states")
+            names += ["unsigned_states", "needs_rows"]
             declared = {name: getattr(core, name) for name in names}
+            declared["has_int_steps"] = core is pyopt.SparseAdam
             cls._side = type("Side", (Side,), {"__slots__": (), "core": core, **declared})
 
     @hooked_where_somebody_looks
@@ -307,6 +310,8 @@ class Side:
     unsigned_states: ClassVar[Any]
     short_types: ClassVar[bool]
     later: ClassVar[Any]  # what older torch has not in its groups
+    needs_rows: ClassVar[bool]
+    has_int_steps: ClassVar[bool] = False  # torch.optim.SparseAdam alone counts in ints
 
     def __init__(self, optimizer: KernelStepMixin) -> None:
         self.optimizer = optimizer
@@ -336,6 +341,11 @@ class Side:
         """The state behind each stream of the rule, None for a group that is left to torch."""
         return None if self.reason(group) else self.core.state_streams(self, group)  # type: ignore[arg-type]
 
+    def takes_rows(self, group: Group) -> bool:
+        """Whether the kernels step the rows of a sparse gradient as torch does: momentum and decay move all others."""
+        moves_others = hasattr(torch.optim, self.core.__name__) and (group.get("momentum") or group.get("weight_decay"))
+        return not moves_others and self.core.takes_rows(self, group)  # type: ignore[arg-type]
+
     @staticmethod
     def reason(group: Group) -> str | None:
         """Why a whole group is left to torch."""
@@ -349,7 +359,7 @@ class Side:
         # torch's Adagrad takes it from the defaults, whatever the group says.
         options = self.defaults if self.core is pyopt.Adagrad else group
         if self.counts_steps:
-            state["step"] = torch.zeros((), dtype=scalar_dtype)
+            state["step"] = 0 if self.has_int_steps else torch.zeros((), dtype=scalar_dtype)
         for name in self.number_states:
             number = self.core.initial_value(self, name, options)  # type: ignore[arg-type]
             is_torchs = hasattr(torch.optim, self.core.__name__)
@@ -367,6 +377,9 @@ class Side:
                 zero = 0 if name in (self.unsigned_states or ()) else 127
                 state[name] = torch.full_like(p, zero, memory_format=torch.preserve_format, dtype=torch.uint8)
                 state[f"{name}_absmax"] = torch.zeros((p.numel() + 255) // 256, dtype=torch.float32)
+                continue
+            if self.rule.by_row:
+                state[name] = torch.full(p.shape[:1], value, dtype=dtype.to_real(), device=p.device)
                 continue
             value = complex(value, value) if p.is_complex() else value
             state[name] = torch.full_like(p, value, memory_format=torch.preserve_format, dtype=dtype)
