@@ -351,7 +351,7 @@ cdef class ArrayWorkspace(Workspace):
         cdef int itemsize = width_of_index(row.indices), axis
         if w.stored != NULL:
             what = label(index, <object>row.param)
-            raise TypeError(f"{what}: gradient is row-sparse, which goes with parameters and state of float32 or float64")
+            raise TypeError(f"{what}: gradient is row-sparse, must go with parameters and state of float32 or float64")
         view(row.indices, &i)
         if (not view(row.values, &g) or g.element != p.element or itemsize == 0 or g.ndim != p.ndim or g.ndim == 0
                 or not is_in_c_order(p) or not is_in_c_order(&g)):

@@ -15,6 +15,8 @@ from pyopt import _isa
 from pyopt.storage import dynamic_map
 from test_engine import everything_shared, on_level
 
+STORED = [case for case in BRIEF if case.optimizer.short_types]
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 SHORT = [BFLOAT16, FLOAT16]
@@ -92,7 +94,7 @@ def run(case: Case, mix: tuple, sizes: list, level: str | None = None, threads: 
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-@pytest.mark.parametrize("case", BRIEF, ids=str)
+@pytest.mark.parametrize("case", STORED, ids=str)
 def test_every_rule_and_size(case: Case, mix: tuple) -> None:
     run(case, mix, SIZES)
 
@@ -100,14 +102,14 @@ def test_every_rule_and_size(case: Case, mix: tuple) -> None:
 @pytest.mark.parametrize("level", _isa.supported_levels())
 @pytest.mark.parametrize("mix", MIXES[:4], ids=str)
 def test_every_level(mix: tuple, level: str) -> None:
-    for case in BRIEF:
+    for case in STORED:
         run(case, mix, [1025, 33, (3, 5)], level)
 
 
 @pytest.mark.parametrize("mix", MIXES[:7], ids=str)
 def test_threads(mix: tuple) -> None:
     with everything_shared():
-        for case in BRIEF:
+        for case in STORED:
             run(case, mix, [5000, 1, 65, 1500], threads=2)
 
 

@@ -18,6 +18,8 @@ INTRODUCTION = """\
 In the formulas p is the parameter, g its gradient and t the number of the step, from 1 on; operations go element by
 element. All of them are in `pyopt`, for NumPy arrays, and in `pyopt.torch`, for tensors, by the same formula (LazyAdamW
 is for arrays alone); where torch has the class, the options there are torch's.
+Those of `pyopt.Storage` (types of the state, weights that do not stall) go with every one that steps
+[short types](how_to/short_types.md).
 
 A picture shows the path on two functions of two variables: Rosenbrock's curved valley, (1 - x)² + 100 (y - x²)², and a
 straight one whose curvature is 50 times as large across as along, turned by 30°. It starts at the ring, the star is the
@@ -42,7 +44,8 @@ def sections(cls: type[Optimizer]) -> dict[str, str]:
 
 def options(cls: type[Optimizer]) -> tuple[list[list[str]], str]:
     """Rows of option, default and meaning, as Args of the docstring has them, and the remarks that follow there."""
-    parameters = dict(inspect.signature(cls).parameters)
+    given = inspect.signature(cls).parameters.items()
+    parameters = {name: p for name, p in given if p.kind is not p.VAR_KEYWORD}  # those of Storage, the same for all
     listed, _, remarks = sections(cls)["Args"].partition("\n\n")
     rows = []
     for entry in re.split(r"\n(?! {5})", textwrap.dedent(listed.lstrip(":\n")).replace("\n    ", "\n        ")):

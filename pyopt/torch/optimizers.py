@@ -213,7 +213,8 @@ class FTRL(OwnOptimizer, core=pyopt.FTRL):
 class RowwiseAdagrad(OwnOptimizer, core=pyopt.RowwiseAdagrad):
     """pyopt.RowwiseAdagrad for tensors: arguments, state and errors are its; sparse gradients of rows are taken."""
 
-    __init__ = constructor_of(pyopt.RowwiseAdagrad)
+    @constructor_of(pyopt.RowwiseAdagrad)
+    def __init__(self) -> None: ...
 
     @staticmethod
     def formula(h: Any, p: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, ...]:

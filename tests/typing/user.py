@@ -90,6 +90,11 @@ def other_ways() -> None:
     assert_type(pyopt.__version__, str)
     assert_type(pyopt.get_include(), str)
     assert pyopt.c_api_v1 is not None
+    table = np.zeros((10, 2), np.float32)
+    rows = pyopt.RowSparse(np.array([3, 3]), np.ones((2, 2), np.float32), table.shape)
+    pyopt.SparseAdam([table]).step(grads=[rows])
+    storage: pyopt.Storage = {"state_dtype": "bfloat16"}
+    pyopt.Adam([table], **storage).step(grads=[np.ones_like(table)])
 
 
 def refused(w: pyopt.Parameter) -> None:
@@ -119,6 +124,7 @@ EVERY: list[type[pyopt.Optimizer]] = [
     pyopt.FTRL,
     pyopt.LAMB,
     pyopt.LARS,
+    pyopt.LazyAdamW,
     pyopt.LBFGS,
     pyopt.Lion,
     pyopt.Muon,
@@ -127,7 +133,9 @@ EVERY: list[type[pyopt.Optimizer]] = [
     pyopt.Prodigy,
     pyopt.RAdam,
     pyopt.RMSprop,
+    pyopt.RowwiseAdagrad,
     pyopt.Rprop,
     pyopt.SGD,
     pyopt.SGDScheduleFree,
+    pyopt.SparseAdam,
 ]
