@@ -99,6 +99,8 @@ def test_names_and_defaults(door: Door) -> None:
         cls = getattr(pyopt, name)
         expected = {}
         for option, parameter in list(inspect.signature(cls.__init__).parameters.items())[2:]:
+            if parameter.kind is parameter.VAR_KEYWORD:  # the door has no short types
+                continue
             usual = parameter.default
             named = [(f"{option}[{i}]", x) for i, x in enumerate(usual)] if isinstance(usual, tuple) else []
             expected.update(dict(named) or {option: usual})
