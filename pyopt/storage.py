@@ -18,16 +18,18 @@ from pyopt.parameter import is_short
 class Storage(TypedDict, total=False):
     """Options of every optimizer with a compiled rule; keys of groups too.
 
-    state_dtype: type of new state arrays: "float32", "bfloat16", "float16", or a dtype of NumPy or torch; None for the
-        parameter's own. "8bit" (Adam, AdamW, AdEMAMix, Lion, SGD) stores one byte per element and one float32 per 256;
-        tensors of less than 4096 elements, and such as are not in C order, get float32. State of float64
-        parameters stays float64.
-    master: what the state keeps beside a bfloat16 or float16 parameter, so that steps below its precision add up:
-        "split" (bfloat16) the lower half of a float32 as "low_bits", int16, so that the bits are those of training in
-        float32; "kahan" what rounding took as "compensation", in the parameter's type; None nothing.
-    rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters: up or down by chance, so that the mean is
-        right; the bits depend on seed, step and element alone. Not with master.
-    seed: an int >= 0, for rounding="stochastic".
+    Args:
+        state_dtype: type of new state arrays: "float32", "bfloat16", "float16", or a dtype of NumPy or torch; None
+            for the parameter's own. "8bit" (Adam, AdamW, AdEMAMix, Lion, SGD) stores one byte per element and one
+            float32 per 256; tensors of less than 4096 elements, and such as are not in C order, get float32. State
+            of float64 parameters stays float64.
+        master: what the state keeps beside a bfloat16 or float16 parameter, so that steps below its precision add
+            up: "split" (bfloat16) the lower half of a float32 as "low_bits", int16, so that the bits are those of
+            training in float32; "kahan" what rounding took as "compensation", in the parameter's type; None
+            nothing.
+        rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters: up or down by chance, so that the
+            mean is right; the bits depend on seed, step and element alone. Not with master.
+        seed: an int >= 0, for rounding="stochastic".
     """
 
     state_dtype: Any

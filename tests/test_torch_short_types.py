@@ -286,7 +286,7 @@ def test_what_has_no_such_options() -> None:
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
 
-GOLDEN = Path(__file__).parent / "bitsandbytes_0_50.pt"  # made by tools/golden_bitsandbytes.py
+GOLDEN = Path(__file__).parent / "stored" / "bitsandbytes_0_50.pt"  # made by tools/golden_bitsandbytes.py
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "AdEMAMix", "Lion", "SGD"])

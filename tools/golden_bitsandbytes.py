@@ -1,4 +1,4 @@
-"""Makes tests/bitsandbytes_0_50.pt: what optimizers of bitsandbytes, whose wheel runs on CPUs, save after 3 steps."""
+"""Makes tests/stored/bitsandbytes_0_50.pt: what optimizers of bitsandbytes, whose wheel runs on CPUs, save after 3 steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main() -> None:
             p.grad = g.float()
         optimizer.step()
         result[name] = {**saved, "after": [p.detach().ravel()[:512].clone() for p in params]}
-    torch.save(result, Path(__file__).parent.parent / "tests" / "bitsandbytes_0_50.pt")
+    torch.save(result, Path(__file__).parent.parent / "tests" / "stored" / "bitsandbytes_0_50.pt")
 
 
 if __name__ == "__main__":
