@@ -23,7 +23,8 @@ def go_together(dtype: np.dtype[Any], other: np.dtype[Any]) -> bool:
     """Whether a rule can step a parameter of one type with a gradient or a state of another."""
     if np.dtype(np.float64) in (dtype, other):
         return dtype == other
-    return all(each == np.float32 or is_short(each) for each in (dtype, other))
+    # The last as a file has tensors of bfloat16: bits with a name.
+    return all(each == np.float32 or is_short(each) or each.names == ("bfloat16",) for each in (dtype, other))
 
 
 def types_beside(dtype: np.dtype[Any]) -> str:
@@ -174,7 +175,8 @@ def check_gradient(what: str, data: np.ndarray[Any, Any], grad: Any) -> np.ndarr
         raise TypeError(f"{what}: gradient is a {type(grad).__name__}, must be an array of dtype {data.dtype}")
     grad = np.asarray(grad)
     array: np.ndarray[Any, Any] = grad
-    if not array.dtype.isnative or not go_together(data.dtype, array.dtype):
+    alike = array.dtype == data.dtype or go_together(data.dtype, array.dtype)
+    if not array.dtype.isnative or not alike:
         raise TypeError(f"{what}: gradient has dtype {array.dtype}, must be {types_beside(data.dtype)}")
     if array.shape != data.shape:
         raise ValueError(f"{what}: gradient has shape {array.shape}, must be {data.shape} like the parameter")
@@ -198,7 +200,8 @@ def check_state_values(
     array = state[name]
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{what}: state {name!r} is a {type(array).__name__}, must be a numpy.ndarray")
-    if not array.dtype.isnative or not go_together(data.dtype, array.dtype):
+    alike = array.dtype == data.dtype or go_together(data.dtype, array.dtype)
+    if not array.dtype.isnative or not alike:
         raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {types_beside(data.dtype)}")
     if by_row and array.shape != data.shape[:1]:
         raise ValueError(f"{what}: state {name!r} has shape {array.shape}, must be {data.shape[:1]}: a number per row")

@@ -344,7 +344,8 @@ def test_fused_halves_run_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for fused in (None, True):
         base = new(67, dtype=torch.bfloat16)  # they share memory, so that torch steps them
         optimizer = getattr(optim, name)([torch.nn.Parameter(base), torch.nn.Parameter(base[:9])], fused=fused)
-        parameters(optimizer)[0].grad = new(67, dtype=torch.bfloat16)
+        for p in parameters(optimizer):
+            p.grad = new(*p.shape, dtype=torch.bfloat16)
         optimizer.step()
     assert calls == [1]
 

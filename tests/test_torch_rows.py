@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import pyopt
-from pyopt.torch import _tensors
 from test_torch_mixed import SPARSE_WARNING, explained, path_of, single_elements
 from torch_or_skip import (
     Twins,
@@ -145,14 +144,14 @@ def test_explain_and_without_the_exchange_api(name: str, capsys: pytest.CaptureF
     for api in (True, False):
         p = new_parameters((10, 3))[0]
         optimizer = getattr(optim, name)([p])
-        _tensors.use_exchange_api(api)
+        optim._tensors.use_exchange_api(api)
         try:
             for step in range(3):
                 p.grad = rows_of(p, 7, step)
                 assert [path_of(line) for line in explained(optimizer, capsys)] == ["pyopt"]
                 optimizer.step()
         finally:
-            _tensors.use_exchange_api(True)
+            optim._tensors.use_exchange_api(True)
         results.append(p)
     assert same_bits(*results)
 

@@ -51,9 +51,11 @@ def test_formula_is_the_kernels(name: str, options: dict[str, Any], decay: dict[
 
 @ADAMS
 def test_in_groups_beside_torchs_own_step(name: str) -> None:
-    """Half precision with and without the options: by formula, and by torch; the options are keys of groups, too."""
+    """Short types with and without the options: by the kernels, and by torch; the options are keys of groups, too."""
     wide = new_parameters((33,), (33,))
-    clipped, plain, by_torch = (torch.nn.Parameter(w.detach().bfloat16()) for w in (wide[0], wide[1], wide[1]))
+    clipped = torch.nn.Parameter(wide[0].detach().bfloat16())
+    pairs = [wide[1].detach().bfloat16().repeat(2, 1).t().contiguous() for _ in range(2)]
+    plain, by_torch = (torch.nn.Parameter(each[:, 1]) for each in pairs)  # do not lie side by side
     ours = getattr(optim, name)([{"params": [clipped], "update_clip": True}, {"params": [plain]}], lr=0.1)
     theirs = getattr(torch.optim, name)([by_torch], lr=0.1)
     reference = getattr(optim, name)([torch.nn.Parameter(clipped.detach().float())], lr=0.1, update_clip=True)

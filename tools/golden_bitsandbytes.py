@@ -1,4 +1,4 @@
-"""Makes tests/stored/bitsandbytes_0_50.pt: what optimizers of bitsandbytes, whose wheel runs on CPUs, save after 3 steps."""
+"""Makes tests/stored/bitsandbytes_0_50.pt: what the optimizers of bitsandbytes, whose wheel runs on CPUs, save."""
 
 from __future__ import annotations
 
