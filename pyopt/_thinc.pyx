@@ -155,6 +155,7 @@ cdef class PlainSteps:
             if total >= hyper.grad_clip:
                 numbers.value[0] = clip_factor(hyper.grad_clip, total)
         memset(&extras, 0, sizeof(extras))
+        memset(&averaged, 0, sizeof(averaged))
         if average is not None:
             averaged.data = PyArray_DATA(<PyArrayObject *>average)
             averaged.weight = average_weight(t)

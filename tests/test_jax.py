@@ -203,8 +203,10 @@ def test_bad_names_and_options() -> None:
         pyopt.jax.Optimizer("ASGD")
     with pytest.raises(ValueError, match="lr == -1, must be finite and >= 0"):
         pyopt.jax.Adam(lr=-1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'beta'"):
+    with pytest.raises(TypeError, match="Adam has no argument 'beta'"):
         pyopt.jax.Adam(beta=0.9)
+    with pytest.raises(TypeError, match="no argument 'state_dtype' here: pyopt.jax has no short types"):
+        pyopt.jax.Adam(state_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
