@@ -32,6 +32,12 @@ def types_beside(dtype: np.dtype[Any]) -> str:
     return "float64 like the parameter" if dtype == np.float64 else f"float32, float16 or bfloat16 with {dtype}"
 
 
+def check_type_beside(what: str, dtype: np.dtype[Any], of_parameter: np.dtype[Any]) -> None:
+    """Raise unless a gradient or a state of this type goes with a parameter of another."""
+    if not dtype.isnative or not (dtype == of_parameter or go_together(of_parameter, dtype)):
+        raise TypeError(f"{what} has dtype {dtype}, must be {types_beside(of_parameter)}")
+
+
 class Parameter:
     """An array to be optimized, and its gradient.
 
@@ -175,9 +181,7 @@ def check_gradient(what: str, data: np.ndarray[Any, Any], grad: Any) -> np.ndarr
         raise TypeError(f"{what}: gradient is a {type(grad).__name__}, must be an array of dtype {data.dtype}")
     grad = np.asarray(grad)
     array: np.ndarray[Any, Any] = grad
-    alike = array.dtype == data.dtype or go_together(data.dtype, array.dtype)
-    if not array.dtype.isnative or not alike:
-        raise TypeError(f"{what}: gradient has dtype {array.dtype}, must be {types_beside(data.dtype)}")
+    check_type_beside(f"{what}: gradient", array.dtype, data.dtype)
     if array.shape != data.shape:
         raise ValueError(f"{what}: gradient has shape {array.shape}, must be {data.shape} like the parameter")
     return array
@@ -200,9 +204,7 @@ def check_state_values(
     array = state[name]
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{what}: state {name!r} is a {type(array).__name__}, must be a numpy.ndarray")
-    alike = array.dtype == data.dtype or go_together(data.dtype, array.dtype)
-    if not array.dtype.isnative or not alike:
-        raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {types_beside(data.dtype)}")
+    check_type_beside(f"{what}: state {name!r}", array.dtype, data.dtype)
     if by_row and array.shape != data.shape[:1]:
         raise ValueError(f"{what}: state {name!r} has shape {array.shape}, must be {data.shape[:1]}: a number per row")
     if not by_row and array.shape != data.shape:
