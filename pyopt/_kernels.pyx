@@ -478,8 +478,9 @@ cdef void finish(Summing *numbers, const double *sums, Py_ssize_t size) noexcept
 
 
 cdef Kernel summing_kernel(const Summing *_) noexcept nogil:
+    cdef bint moves_state = Summing is rules.LAMB or Summing is rules.Prodigy
     return with_sums(kernel(_), <Reduce32>block_sums[float, Summing], <Reduce64>block_sums[double, Summing],
-                     <Finish>finish[Summing], Summing is rules.Prodigy, Summing is not rules.LARS)
+                     <Finish>finish[Summing], Summing is rules.Prodigy, moves_state)
 
 
 cdef Kernel with_sums(Kernel found, Reduce32 reduce32, Reduce64 reduce64, Finish finish, bint joint,

@@ -328,8 +328,8 @@ cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, fl
 
 
 # --- rules that need sums over whole tensors --------------------------------------------------------------------------
-# *_terms makes of an element what is summed, x and y, in double, and may update its state; *_finish makes numbers of
-# the two sums over a tensor; the rule follows.
+# *_terms makes of an element what is summed, x and y, in double; where it has to make the new state for that, it writes
+# it, and the rule does not. *_finish makes numbers of the two sums over a tensor; the rule follows.
 
 # The rule of Adam, its step clipped by the root mean square of g / sqrt(v), or masked where it goes against g.
 ctypedef struct AdamScaled:
@@ -337,19 +337,22 @@ ctypedef struct AdamScaled:
     double decay_factor, mask_factor
     bint amsgrad, update_clip, cautious
 
-cdef inline void adam_scaled_terms(floating p, floating g, floating* m, floating* v, floating* v_max, double* x,
-                                   double* y, const AdamScaled* h) noexcept nogil:
+cdef inline double clip_term(floating g, floating v, const AdamScaled* h) noexcept nogil:
+    g = g / larger(root(v) * <floating>h.inverse_sqrt_bias_correction2, <floating>h.eps)
+    return <double>g * <double>g
+
+# The state is not written here: the rule makes it anew, which moves less memory than to write it and read it again.
+cdef inline void adam_scaled_terms(floating p, floating g, const floating* m, const floating* v, const floating* v_max,
+                                   double* x, double* y, const AdamScaled* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
-    m[0] = lerp(m[0], g, h.weight1)
-    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
-    cdef floating u = v[0]
-    if h.amsgrad:
-        u = v_max[0] = larger(v_max[0], u)
-    y[0] = 1 if m[0] * g > 0 else 0
+    cdef floating u = mean_square(v[0], g, h.beta2, h.weight2)
+    y[0] = 1 if lerp(m[0], g, h.weight1) * g > 0 else 0
     x[0] = 0
     if h.update_clip:
-        u = g / larger(root(u) * <floating>h.inverse_sqrt_bias_correction2, <floating>h.eps)
-        x[0] = <double>u * <double>u
+        if h.amsgrad:
+            x[0] = clip_term(g, larger(v_max[0], u), h)
+        else:
+            x[0] = clip_term(g, u, h)
 
 cdef inline void adam_scaled_finish(AdamScaled* h, const double* sums, Py_ssize_t size) noexcept nogil:
     cdef double rms = sqrt(sums[0] / size), share = sums[1] / size
@@ -360,11 +363,15 @@ cdef inline void adam_scaled_finish(AdamScaled* h, const double* sums, Py_ssize_
 
 cdef inline floating adam_scaled(floating p, floating g, floating* m, floating* v, floating* v_max,
                                  const AdamScaled* h) noexcept nogil:
-    cdef floating u = v_max[0] if h.amsgrad else v[0]
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    m[0] = lerp(m[0], g, h.weight1)
+    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
+    cdef floating u = v[0]
+    if h.amsgrad:
+        u = v_max[0] = larger(v_max[0], u)
     cdef floating d = root(u) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
     u = <floating>h.step_size * m[0] / d
     if h.cautious:
-        g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
         u = u * (<floating>h.mask_factor if m[0] * g > 0 else 0)
     return p * <floating>h.decay_factor - u
 

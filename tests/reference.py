@@ -102,9 +102,6 @@ def adam(p: Array, g: Array, s: State, h: State) -> tuple[Array, State]:
         mask = agrees * f(1 / max(mean(agrees), 1e-3))
     kept = 1 - h["lr"] * h["weight_decay"] if h["decoupled_weight_decay"] else 1
     kept = kept if rms == 1 else 1 - (1 - kept) / rms
-    if h["update_clip"] or h["cautious"]:
-        m, root = between(m, h), np.sqrt(between(u, h)) * f(1 / math.sqrt(1 - beta2**t))
-        mask = (m * g > 0) * mask.max() if h["cautious"] and mask.size else mask
     return p * f(kept) - f(h["lr"] / (1 - beta1**t) / rms) * m / (root + f(h["eps"])) * mask, new
 
 
