@@ -1,4 +1,4 @@
-"""The optimizer's share of whole training steps, before and after: `python bench/stacks.py [--out FILE]`.
+"""The optimizer's share of whole training steps, before and after: `python bench/stacks.py [--write]`.
 
 Each workload is trained with its own stack's optimizer and with pyopt's, in turns in one process. The columns: the
 share of the optimizer (the medians over all steps of its time and of the whole step), and the whole step's time with
@@ -28,7 +28,8 @@ import pyopt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
-Run = Callable[["Clock", bool], None]
+RESULTS = ROOT / "bench/results"
+Run = Callable[["Clock", bool], int]  # it returns how many calls of optimizers a step has
 TURNS = 3
 
 
@@ -74,7 +75,7 @@ class InPlace:
             p.data -= 2e-3 / (1 - 0.9**self.t) * m / (np.sqrt(v / (1 - 0.999**self.t)) + 1e-8)
 
 
-def digits(clock: Clock, ours: bool) -> None:
+def digits(clock: Clock, ours: bool) -> int:
     """examples/train_digits.py, a network of 64-256-10 in NumPy."""
     from train_digits import BATCH, Network, cross_entropy, load_data
 
@@ -86,9 +87,10 @@ def digits(clock: Clock, ours: bool) -> None:
         _, gradient = cross_entropy(network.forward(x[batch]), y[batch])
         network.backward(gradient)
         step()
+    return 1
 
 
-def perceptron(clock: Clock, ours: bool) -> None:
+def perceptron(clock: Clock, ours: bool) -> int:
     """scikit-learn's MLPClassifier, 784-512-512-10."""
     import sklearn.neural_network as stock
 
@@ -103,9 +105,10 @@ def perceptron(clock: Clock, ours: bool) -> None:
         network.fit(x, y)
     finally:
         cls.update_params = kept
+    return 1
 
 
-def spacy(clock: Clock, ours: bool) -> None:
+def spacy(clock: Clock, ours: bool) -> int:
     """spaCy's text classifier on a convolutional network, width 96, depth 4."""
     from bars_thinc import Timed
     from spacy_classifier import trained
@@ -116,9 +119,10 @@ def spacy(clock: Clock, ours: bool) -> None:
 
     call = clock.around(lambda optimizer, *args, **kwargs: optimizer(*args, **kwargs))
     trained("pyopt.Adam.v1" if ours else "Adam.v1", 0, 15, "cnn", averages=False, evaluations=1, around=Counted)
+    return len(clock.inside) // 15
 
 
-def gpt(clock: Clock, ours: bool) -> None:
+def gpt(clock: Clock, ours: bool) -> int:
     """The Trainer of transformers, a GPT-2 of 4 layers, width 128; its own optimizer is torch's fused AdamW."""
     import torch
     import transformers
@@ -141,17 +145,76 @@ def gpt(clock: Clock, ours: bool) -> None:
     optimizer = trainer.create_optimizer()
     optimizer.step = clock.around(optimizer.step)
     trainer.train()
+    return 1
 
 
-WORKLOADS: dict[str, Run] = {"digits": digits, "MLPClassifier": perceptron, "spaCy": spacy, "GPT-2": gpt}
+def tables(clock: Clock, ours: bool) -> int:
+    """examples/recommender.py, three tables of 64 columns with sparse gradients, in PyTorch."""
+    import torch
+
+    import pyopt.torch as optim
+    from recommender import make_ratings, train
+
+    def timed(cls: Any) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            optimizer = cls(*args, **kwargs)
+            optimizer.step = clock.around(optimizer.step)
+            return optimizer
+
+        return made
+
+    module = optim if ours else torch.optim
+    timers = argparse.Namespace(
+        __name__=module.__name__, SparseAdam=timed(module.SparseAdam), AdamW=timed(module.AdamW)
+    )
+    options = argparse.Namespace(optimizer="SparseAdam", lr=0.003, epochs=1, batch=512)
+    train(timers, make_ratings(20_000, 10_000), options)
+    return 2
+
+
+WORKLOADS: dict[str, Run] = {
+    "digits": digits,
+    "MLPClassifier": perceptron,
+    "spaCy": spacy,
+    "GPT-2": gpt,
+    "recommender": tables,
+}
+
+
+def write(lines: list[str], shares: dict[str, tuple[float, float]]) -> None:
+    """Put the table, between its marks, and the plot into bench/results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    page = RESULTS / "stacks.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    page.write_text("\n".join([before + BEGIN, *lines, ""]) + END + rest.partition(END)[2])
+    figure, axis = plt.subplots(figsize=(8, 0.8 + 0.6 * len(shares)))
+    for i, (label, color) in enumerate((("with its own", "C7"), ("with pyopt's", "C0"))):
+        places = [row + 0.2 - 0.4 * i for row in range(len(shares))]
+        bars = axis.barh(places, [pair[i] for pair in shares.values()], 0.38, color=color, label=label)
+        axis.bar_label(bars, fmt="%.0f %%", padding=2, fontsize=8)
+    axis.set_yticks(range(len(shares)), list(shares))
+    axis.set(xlabel="the optimizer's share of a training step, %")
+    axis.margins(x=0.1)
+    axis.invert_yaxis()
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "stacks.png", dpi=110)
+
+
+BEGIN, END = "<!-- made by bench/stacks.py -->", "<!-- made so far -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="*", help=f"of {', '.join(WORKLOADS)}; default: all")
-    parser.add_argument("--out", metavar="FILE", help="write the table there too")
+    parser.add_argument("--write", action="store_true", help="put the table and the plot into bench/results")
     arguments = parser.parse_args()
     lines = ["| workload | the optimizer's share, before | after | a step before over after |", "|---|---:|---:|---:|"]
+    drawn = {}
     for name in arguments.workloads or WORKLOADS:
         run = WORKLOADS[name]
         shares: tuple[list[float], list[float]] = [], []
@@ -163,10 +226,9 @@ def main() -> None:
                 with open(os.devnull, "w") as nowhere:
                     stdout, sys.stdout = sys.stdout, nowhere
                     try:
-                        run(clock, ours)
+                        calls = run(clock, ours)
                     finally:
                         sys.stdout = stdout
-                calls = len(clock.inside) // 15 if run is spacy else 1
                 inside, whole = clock.medians(calls)
                 shares[ours].append(inside / whole)
                 wholes.append(whole)
@@ -174,9 +236,10 @@ def main() -> None:
         before, after = (100 * median(each) for each in shares)
         about = (run.__doc__ or "").strip().rstrip(".")
         lines.append(f"| {name}: {about} | {before:.0f} % | {after:.0f} % | {median(ratios):.2f} |")
+        drawn[name] = before, after
         print(lines[-1], flush=True)
-    if arguments.out:
-        Path(arguments.out).write_text("\n".join(lines) + "\n")
+    if arguments.write:
+        write(lines, drawn)
 
 
 if __name__ == "__main__":
