@@ -1,6 +1,7 @@
 """How Sphinx builds the documentation: run `tools/docs`."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -20,6 +21,8 @@ python_use_unqualified_type_names = True
 add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+# The bridges to them are described without them too.
+autodoc_mock_imports = [name for name in ("jax", "sklearn", "thinc", "srsly", "mpi4py") if find_spec(name) is None]
 
 # How they look.
 html_theme = "furo"

@@ -1,7 +1,7 @@
 """A Sphinx extension: the docstrings of pyopt, which are plain text, as reStructuredText.
 
-Paragraphs stay; what is indented between them is a formula. Then come sections: Args and Raises (entries of the form
-"names: text"), Returns (text) and Example (a doctest).
+Paragraphs stay; what is indented between them is a formula. Then come sections: Args, Attributes and Raises (entries
+of the form "names: text"), Returns (text) and Example (a doctest).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-LABELS = {"Args": "Arguments", "Raises": "Raises", "Returns": "Returns"}
+SECTIONS = r"^(Args|Attributes|Raises|Returns|Example):\n((?:(?: +.*)?\n)+)"
+LABELS = {"Args": "Arguments", "Attributes": "Attributes", "Raises": "Raises", "Returns": "Returns"}
 
 
 def as_rest(docstring: str) -> str:
@@ -21,7 +22,7 @@ def as_rest(docstring: str) -> str:
 
 def parts(docstring: str) -> Iterator[tuple[str, str]]:
     """Sections as (name, text), in order; the name is "" for what stands outside of them."""
-    pieces = re.split(r"^(Args|Raises|Returns|Example):\n((?:(?: +.*)?\n)+)", f"{docstring.strip()}\n", flags=re.M)
+    pieces = re.split(SECTIONS, f"{docstring.strip()}\n", flags=re.M)
     for text, name, body in zip(pieces[::3], [*pieces[1::3], ""], [*pieces[2::3], ""], strict=True):
         yield "", text.strip("\n")
         yield name, textwrap.dedent(body).strip("\n")

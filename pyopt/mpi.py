@@ -129,8 +129,7 @@ def average_gradients(comm: Any, parameters: Any, *, reduce: str = "mean") -> No
     Raises:
         TypeError, ValueError: what is no such array; gradients of other shapes or dtypes, or another number, on
             another rank.
-        RuntimeError: another rank has failed.
-        Nothing has changed then, on any rank.
+        RuntimeError: another rank has failed. Nothing has changed then, on any rank, nor after the others.
 
     Example:
         >>> w = Parameter(np.zeros(2), grad=np.array([1.0, 3.0]))
