@@ -310,3 +310,97 @@ def test_checkpoints_of_bitsandbytes(name: str) -> None:
     optimizer.step()
     for p, expected in zip(params, saved["after"], strict=True):
         torch.testing.assert_close(p.detach().ravel()[:512], expected, rtol=1e-5, atol=1e-6)
+
+
+# --- torchao ----------------------------------------------------------------------------------------------------------
+
+GOLDEN_AO = GOLDEN.with_name("torchao_0_18.pt")  # made by tools/golden_torchao.py
+
+
+class Quantized:
+    """What a state of torchao has, without its package."""
+
+    def __init__(self, **parts: Any) -> None:
+        vars(self).update(parts)
+
+    def dequantize(self) -> torch.Tensor:
+        if hasattr(self, "numbers"):  # as torchao gave them, of other than 8 bits
+            return self.numbers
+        blocks = self.qmap[self.codes.int()].view(len(self.scale), -1)
+        return (blocks * self.scale.view(-1, 1)).view(self.codes.shape)
+
+
+def saved_by_torchao(name: str) -> dict:
+    saved = torch.load(GOLDEN_AO, weights_only=True)[name]
+    for entry in saved["state_dict"]["state"].values():
+        entry.update({key: Quantized(**value) for key, value in entry.items() if isinstance(value, dict)})
+    return saved
+
+
+def loaded(saved: dict, params: list, name: str) -> torch.optim.Optimizer:
+    optimizer = getattr(optim, name)(params, lr=3, maximize=False)
+    optimizer.load_state_dict(optim.from_torchao(saved["state_dict"], optimizer))
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_checkpoints_of_torchao(name: str) -> None:
+    """Their state after three steps goes on here, in the same codes where these are of 8 bits."""
+    saved = saved_by_torchao(name)
+    params = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    optimizer = loaded(saved, params, "Adam" if name == "Adam8bit" else "AdamW")
+    for p, entry in zip(params, saved["state_dict"]["state"].values(), strict=True):
+        state = optimizer.state[p]
+        assert state["step"] == 3
+        for key in ("exp_avg", "exp_avg_sq"):
+            if not isinstance(entry[key], Quantized):
+                assert torch.equal(state[key], entry[key]), "float32 stays"
+            elif name.endswith("8bit"):
+                assert torch.equal(state[key], entry[key].codes)
+                assert torch.equal(state[f"{key}_absmax"], entry[key].scale)
+            else:
+                assert torch.equal(state[key], entry[key].dequantize())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["maximize"]) == (float(torch.tensor(0.01)), 0.1, False)
+    assert group.get("state_dtype") == ("8bit" if name.endswith("8bit") else None)
+    for p, g in zip(params, saved["grads"], strict=True):
+        p.grad = g.float()
+    optimizer.step()
+    for p, expected in zip(params, saved["after"], strict=True):
+        torch.testing.assert_close(p.detach().ravel()[:512], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_state_of_torchao_that_is_not_stored_so_here_becomes_float() -> None:
+    saved = saved_by_torchao("AdamW8bit")
+    codes = saved["state_dict"]["state"][0]["exp_avg"]
+    across = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    across[0].data = across[0].data.T.contiguous().T
+    double = [torch.nn.Parameter(p.double()) for p in saved["params"]]
+    for params in (across, double):
+        state = loaded(saved, params, "AdamW").state[params[0]]["exp_avg"]
+        assert (state.dtype, state.stride()) == (params[0].dtype, params[0].stride())
+        assert torch.equal(state.float(), codes.dequantize())
+    codes.scale = codes.scale.repeat_interleave(2)  # blocks of 128
+    params = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    optimizer = loaded(saved, params, "AdamW")
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], codes.dequantize())
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_what_is_no_state_of_torchao() -> None:
+    saved = saved_by_torchao("AdamW8bit")
+    params = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    optimizer = optim.AdamW(params)
+    with pytest.raises(TypeError, match="optimizer is a Lion, must be Adam or AdamW"):
+        optim.from_torchao(saved["state_dict"], optim.Lion(params))
+    with pytest.raises(ValueError, match=r"groups of \[3\] parameters, must be of \[2\]"):
+        optim.from_torchao(saved["state_dict"], optim.AdamW(params[:2]))
+    entry = saved["state_dict"]["state"][0]
+    entry["exp_avg"].qmap = entry["exp_avg"].qmap.flip(0)
+    with pytest.raises(ValueError, match="parameter 0: 'exp_avg': its map of 8 bits"):
+        optim.from_torchao(saved["state_dict"], optimizer)
+    entry["exp_avg"] = torch.nn.Parameter(torch.ones(64, 64))
+    with pytest.raises(TypeError, match="parameter 0: 'exp_avg' is a Parameter, must be a tensor or a state"):
+        optim.from_torchao(saved["state_dict"], optimizer)
