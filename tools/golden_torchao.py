@@ -1,4 +1,4 @@
-"""Makes tests/stored/torchao_0_18.pt: what torchao's Adam with short state saves, tensors of its classes taken apart."""
+"""Makes tests/stored/torchao_0_18.pt: what torchao's Adam with short state saves, tensors of its classes apart."""
 
 from __future__ import annotations
 
