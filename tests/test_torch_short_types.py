@@ -284,6 +284,51 @@ def test_what_has_no_such_options() -> None:
         optimizer.step()
 
 
+# --- between tensors and arrays ---------------------------------------------------------------------------------------
+
+
+@each_short
+@pytest.mark.parametrize("make", [optim, torch.optim], ids=["pyopt", "torch"])
+@each_stored
+def test_checkpoints_travel_to_arrays_and_back(dtype: Any, make: Any, stored: dict[str, Any]) -> None:
+    """The state keeps its types, and both sides go on with the same bits."""
+    if make is torch.optim and stored:
+        pytest.skip("options of pyopt's")
+    if dtype == torch.float16 and stored.get("master") == "split":
+        pytest.skip("of bfloat16 alone")
+    params = [torch.nn.Parameter(random(shape, dtype, i)) for i, shape in enumerate([(50, 3), (7,)])]
+    params[0].data = params[0].data.T.contiguous().T
+    optimizer = make.AdamW(params, lr=0.1, **stored)
+    for step in range(2):
+        for i, p in enumerate(params):
+            p.grad = random(p.shape, dtype, 10 * step + i)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    on_arrays = pyopt.AdamW([as_array(p).copy("K") for p in params])
+    on_arrays.load_state_dict(optim.from_torch(saved))
+    there = optim.to_torch(on_arrays.state_dict())["state"]
+    assert len(there) == 2
+    for index, entry in saved["state"].items():
+        for name, value in entry.items():
+            assert there[index][name].dtype == value.dtype and torch.equal(there[index][name], value), name
+    again = optim.AdamW(params)
+    again.load_state_dict(optim.to_torch(on_arrays.state_dict()))
+    for i, p in enumerate(params):
+        p.grad = random(p.shape, dtype, 50 + i)
+    again.step()
+    on_arrays.step(grads=[as_array(p.grad) for p in params])
+    for array, p in zip(on_arrays.param_groups[0]["params"], params, strict=True):
+        assert np.array_equal(array.data.view(np.int16), as_array(p).view(np.int16))
+
+
+def test_numbers_of_bfloat16_in_groups() -> None:
+    group = {"lr": torch.tensor(0.5, dtype=torch.bfloat16), "params": []}
+    (found,) = optim.from_torch({"state": {}, "param_groups": [group]})["param_groups"]
+    assert found["lr"] == 0.5 and type(found["lr"]) is float
+    with pytest.raises(TypeError, match=r"group 0: 'x' is torch\.float8_e4m3fn, must be of a dtype that NumPy has"):
+        optim.from_torch({"state": {}, "param_groups": [{"x": torch.zeros(2).to(torch.float8_e4m3fn)}]})
+
+
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).parent / "stored" / "bitsandbytes_0_50.pt"  # made by tools/golden_bitsandbytes.py
