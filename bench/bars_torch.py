@@ -6,6 +6,7 @@ Gradients are new tensors in every step, as backward makes them; the contestants
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -38,19 +39,18 @@ def transformer(layers: int = 12, width: int = 768, context: int = 1024) -> Shap
     return [(context, width), *block * layers, (width,), (width,)]
 
 
-def times(name: str, shapes: Shapes, contestants: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of single steps, round by round."""
+def times(shapes: Shapes, contestants: dict[str, tuple[Any, torch.dtype]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of single steps, round by round, of what makes an optimizer for parameters, with their type."""
     torch.manual_seed(0)
     optimizers = {}
-    for key, (module, options) in contestants.items():
-        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-        optimizers[key] = getattr(module, name)(params, **options)
+    for key, (make, dtype) in contestants.items():
+        optimizers[key] = make([torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes])
     grads = [torch.randn(shape) for shape in shapes]
     result: dict[str, list[float]] = {key: [] for key in contestants}
     for turn in range(rounds + 2):
         for key, optimizer in optimizers.items():
             for p, g in zip(optimizer.param_groups[0]["params"], grads, strict=True):
-                p.grad = g * (-1) ** turn
+                p.grad = (g * (-1) ** turn).to(p.dtype)
             begin = perf_counter()
             optimizer.step()
             if turn >= 2:
@@ -80,8 +80,8 @@ def main() -> None:
     print("| case | rival | bar | times faster | pyopt, ms | rival, ms | ok |")
     print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
     for case, name, shapes, rounds, bars in CASES:
-        contestants: dict[str, Any] = {"pyopt": (optim, {}), **{key: (torch.optim, RIVALS[key]) for key in bars}}
-        seconds = times(name, shapes, contestants, rounds)
+        rivals = {key: (partial(getattr(torch.optim, name), **RIVALS[key]), torch.float32) for key in bars}
+        seconds = times(shapes, {"pyopt": (getattr(optim, name), torch.float32), **rivals}, rounds)
         for rival, bar in bars.items():
             ratio = median(t / own for t, own in zip(seconds[rival], seconds["pyopt"], strict=True))
             own, other = median(seconds["pyopt"]) * 1e3, median(seconds[rival]) * 1e3

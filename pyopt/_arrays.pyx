@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
 from pyopt._asked cimport FILL
-from pyopt._engine cimport STATES, Averaged, Outcome, Work
+from pyopt._engine cimport STATES, Averaged, Outcome, Rule, Work
 from pyopt._norms cimport Batch
 from pyopt._numpy_arrays cimport (
     NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_HALF, NPY_INT, NPY_LONG, NPY_LONGLONG, NPY_SHORT,
@@ -31,7 +31,7 @@ from numpy.ma import MaskedArray
 from pyopt.checks import count as check_count
 from pyopt.parameter import (
     Parameter, average_type, check_average, check_codes, check_data, check_gradient, check_master, check_no_overlap,
-    check_state, check_state_values, label, overlaps_itself,
+    check_state, check_state_values, is_short as is_short_type, label, overlaps_itself,
 )
 from pyopt.sparse import RowSparse, bad_index, check_rows
 
@@ -526,7 +526,7 @@ cdef class ArrayWorkspace(Workspace):
 cdef class ArrayBatch(Batch):
     """Gradients that are gone over at once.
 
-    copied: those whose numbers were copied, into the memory order of their parameters or side by side.
+    copied: those whose numbers were copied, into the memory order of their parameters or side by side; with the copies.
     """
     cdef readonly list copied
 
@@ -536,11 +536,12 @@ cdef class ArrayBatch(Batch):
         cdef PyObject *array
         cdef Py_ssize_t k
         cdef int kind
+        find_bfloat16()
         self.copied = []
         for k in range(len(grads)):
             array = <PyObject *>grads[k]
             kind = view(array, &g) if is_array(array) else OTHER
-            if kind != OF_FLOAT32 and kind != OF_FLOAT64 or writes and not (
+            if kind == OTHER or kind == OF_INT16 or kind == OF_UINT8 or writes and not (
                     PyArray_FLAGS(<PyArrayObject *>array) & NPY_ARRAY_WRITEABLE):
                 self.refuse(k, grads[k], owners[k], names[k])
             p = g
@@ -549,7 +550,7 @@ cdef class ArrayBatch(Batch):
                 if not same_shape(&p, &g):
                     self.refuse(k, grads[k], owners[k], names[k])
             if same_order(&p, &g) and is_dense(&g) and <size_t>g.data % g.itemsize == 0:
-                self.add(g.data, g.size, kind == OF_FLOAT64, grads[k])
+                self.add(g.data, g.size, kind, grads[k])
                 continue
             if writes and overlaps_itself(grads[k].shape, grads[k].strides, grads[k].itemsize):
                 self.refuse(k, grads[k], owners[k], names[k])
@@ -557,15 +558,20 @@ cdef class ArrayBatch(Batch):
             copy = np.empty_like(like, grads[k].dtype, subok=False)
             np.copyto(copy, grads[k])
             view(<PyObject *>copy, &g)
-            self.add(g.data, g.size, kind == OF_FLOAT64, copy)
-            self.copied.append(grads[k])
+            self.add(g.data, g.size, kind, copy)
+            self.copied.append((grads[k], copy))
+
+    def apply(self, Rule rule, dict scalars):
+        Batch.apply(self, rule, scalars)
+        for grad, copy in self.copied:
+            np.copyto(grad, copy)
 
     cdef int refuse(self, Py_ssize_t k, grad, owner, name) except -1:
         what = f"gradient {name!r}" if name else f"gradient {k}" if owner is None else f"gradient of {label(k, owner)}"
         if not is_array(<PyObject *>grad):
             raise TypeError(f"{what} is a {type(grad).__name__}, must be an array")
-        if not grad.dtype.isnative or grad.dtype not in ("float32", "float64"):
-            raise TypeError(f"{what} is {grad.dtype}, must be float32 or float64")
+        if not grad.dtype.isnative or not (grad.dtype in ("float32", "float64") or is_short_type(grad.dtype)):
+            raise TypeError(f"{what} is {grad.dtype}, must be float32, float64, float16 or bfloat16")
         if owner is not None:
             check_gradient(what, owner._data, grad)
         if not grad.flags.writeable:

@@ -4,7 +4,7 @@
 # options; tests/test_object_code.py holds it to that.
 
 from libc.math cimport isinf, pow
-from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int16_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strcmp
 
 from pyopt cimport _rules as rules
@@ -165,29 +165,38 @@ fill_map(&signed_map, True)
 fill_map(&unsigned_map, False)
 
 
-cdef void load_codes(float *restrict to, const uint8_t *restrict x, float scale, Py_ssize_t n,
-                     const storage.Map *map) noexcept nogil:
-    cdef Py_ssize_t i = 0
-    cdef uint64_t codes
-    while i + 8 <= n:  # read at once and looked up one by one, which is faster than vectors of places
-        memcpy(&codes, x + i, sizeof(codes))
-        to[i] = map.value[storage.BYTE_AT(codes, 0)] * scale
-        to[i + 1] = map.value[storage.BYTE_AT(codes, 1)] * scale
-        to[i + 2] = map.value[storage.BYTE_AT(codes, 2)] * scale
-        to[i + 3] = map.value[storage.BYTE_AT(codes, 3)] * scale
-        to[i + 4] = map.value[storage.BYTE_AT(codes, 4)] * scale
-        to[i + 5] = map.value[storage.BYTE_AT(codes, 5)] * scale
-        to[i + 6] = map.value[storage.BYTE_AT(codes, 6)] * scale
-        to[i + 7] = map.value[storage.BYTE_AT(codes, 7)] * scale
-        i += 8
+ctypedef fused place_type:
+    uint8_t
+    uint16_t
+
+
+cdef void look_up(uint32_t *restrict to, const place_type *restrict x, const uint32_t *restrict table,
+                  Py_ssize_t n) noexcept nogil:
+    """The entries of a table at n places: 8 bytes of them at once, and one by one, faster than vectors of places."""
+    cdef Py_ssize_t i = 0, j
+    cdef uint64_t places
+    while i + 8 // <int>sizeof(place_type) <= n:
+        memcpy(&places, x + i, sizeof(places))
+        for j in range(8 // <int>sizeof(place_type)):
+            to[i + j] = table[storage.PART_AT(places, j, 8 * sizeof(place_type))]
+        i += 8 // <int>sizeof(place_type)
     while i < n:
-        to[i] = map.value[x[i]] * scale
+        to[i] = table[x[i]]
         i += 1
 
 
-cdef uint32_t largest_size(const float *restrict x, Py_ssize_t n) noexcept nogil:
+cdef void load_codes(float *restrict to, const uint8_t *restrict x, float scale, Py_ssize_t n,
+                     const storage.Map *map) noexcept nogil:
+    cdef uint32_t bits[storage.GROUP]
+    cdef Py_ssize_t i
+    look_up(bits, x, map.value, n)
+    for i in range(n):
+        to[i] = storage.float_of(bits[i]) * scale
+
+
+cdef int32_t largest_size(const float *restrict x, Py_ssize_t n) noexcept nogil:
     """The bits of the largest |x|, of NaN where there is one."""
-    cdef uint32_t most = 0, size
+    cdef int32_t most = 0, size
     cdef Py_ssize_t i
     for i in range(n):
         size = storage.bits_of(x[i]) & 0x7fffffff
@@ -200,10 +209,18 @@ cdef float store_codes(const float *restrict x, uint8_t *restrict to, Py_ssize_t
     """Returns the scale."""
     cdef float scale = storage.float_of(largest_size(x, n)), inverse
     cdef float one = 1, least = <float>1e-38
+    cdef uint32_t bits[storage.GROUP]
+    cdef uint16_t place[storage.GROUP]
+    cdef uint32_t cell[storage.GROUP]
+    cdef bint is_signed = map.signed
     cdef Py_ssize_t i
     inverse = one / (least if scale < least else scale)
     for i in range(n):
-        to[i] = storage.to_code(x[i] * inverse, map)
+        bits[i] = storage.in_cells(x[i] * inverse, is_signed)
+        place[i] = storage.cell_of(bits[i])
+    look_up(cell, place, map.cell, n)
+    for i in range(n):
+        to[i] = storage.to_code(bits[i], cell[i], is_signed)
     return scale
 
 

@@ -8,7 +8,7 @@ cdef class Batch:
     cdef Work *work
     cdef Py_ssize_t count, capacity, cost
 
-    cdef int add(self, char *data, Py_ssize_t size, bint is_double, held) except -1
+    cdef int add(self, char *data, Py_ssize_t size, int element, held) except -1
     cdef int drop_duplicates(self) except -1
 
 

@@ -5,11 +5,19 @@ from libc.math cimport ilogb, isfinite, isnan, pow, sqrt
 from libc.stdlib cimport qsort
 from libc.string cimport memcpy, memset
 
-from pyopt._engine cimport ROW_COST, SUMS, Numbers, Rule, Work, blocks_of, number_blocks, sum_gradients, sweep
+from pyopt._engine cimport (
+    BFLOAT16, FLOAT16, ROW_COST, SUMS, Numbers, Rule, Stored, Work, blocks_of, number_blocks, sum_gradients, sweep,
+)
+from pyopt._views cimport OF_BFLOAT16, OF_FLOAT16, OF_FLOAT64
 
 from pyopt._isa import kernels
 
 cdef double INFINITY = float("inf")
+cdef Stored in_bfloat16, in_float16
+memset(&in_bfloat16, 0, sizeof(Stored))
+memset(&in_float16, 0, sizeof(Stored))
+in_bfloat16.codec[0] = in_bfloat16.codec[1] = BFLOAT16
+in_float16.codec[0] = in_float16.codec[1] = FLOAT16
 
 
 cdef class Batch:
@@ -24,8 +32,8 @@ cdef class Batch:
     def __dealloc__(self):
         PyMem_Free(self.work)
 
-    cdef int add(self, char *data, Py_ssize_t size, bint is_double, held) except -1:
-        """Add an array, which is held."""
+    cdef int add(self, char *data, Py_ssize_t size, int element, held) except -1:
+        """Add an array of elements of a type (_views.pxd), which is held."""
         cdef Work *w
         cdef void *block
         if self.count == self.capacity:
@@ -37,7 +45,8 @@ cdef class Batch:
         w = &self.work[self.count]
         memset(w, 0, sizeof(Work))
         w.stream[0] = w.stream[1] = data
-        w.size, w.is_double, w.start, w.row = size, is_double, self.cost, self.count
+        w.size, w.is_double, w.start, w.row = size, element == OF_FLOAT64, self.cost, self.count
+        w.stored = &in_bfloat16 if element == OF_BFLOAT16 else &in_float16 if element == OF_FLOAT16 else NULL
         self.cost += size + ROW_COST
         self.held.append(held)
         self.count += 1
@@ -74,7 +83,7 @@ cdef class Batch:
                     if w.size:
                         n = k
                 elif (w.stream[0] != ordered[n].stream[0] or w.size != ordered[n].size
-                        or w.is_double != ordered[n].is_double):
+                        or w.is_double != ordered[n].is_double or w.stored != ordered[n].stored):
                     first, second = sorted([w.row, ordered[n].row])
                     raise ValueError(f"gradients {first} and {second} overlap in memory, must be apart or the same")
                 else:
@@ -85,7 +94,7 @@ cdef class Batch:
 
 
 cdef char *end_of(const Work *w) noexcept nogil:
-    return <char *>w.stream[0] + w.size * (8 if w.is_double else 4)
+    return <char *>w.stream[0] + w.size * (8 if w.is_double else 4 if w.stored == NULL else 2)
 
 
 cdef int by_address(const void *a, const void *b) noexcept nogil:

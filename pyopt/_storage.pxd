@@ -9,17 +9,17 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
     static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, sizeof(u)); return u; }
-    /* The byte of 8 that lies at a place in memory. */
+    /* The part, of so many bits, of 8 bytes that lies at a place in memory. */
     #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    #define BYTE_AT(x, place) ((x) >> (56 - 8 * (place)) & 255)
+    #define PART_AT(x, place, bits) ((x) >> (64 - (bits) * ((place) + 1)) & ((1u << (bits)) - 1))
     #else
-    #define BYTE_AT(x, place) ((x) >> 8 * (place) & 255)
+    #define PART_AT(x, place, bits) ((x) >> (bits) * (place) & ((1u << (bits)) - 1))
     #endif
     static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, sizeof(x)); return x; }
     """
     uint32_t bits_of(float x) noexcept nogil
     float float_of(uint32_t u) noexcept nogil
-    int BYTE_AT(uint64_t x, int place) noexcept nogil
+    int PART_AT(uint64_t x, int place, int bits) noexcept nogil
 
 
 cdef inline uint32_t quiet(uint32_t u) noexcept nogil:
@@ -86,29 +86,37 @@ cdef inline float rest_of(float x, float rounded) noexcept nogil:
 
 cdef enum:
     GROUP = 256  # elements that share a scale
-    # The numbers of float32 from 0 to 1 by their exponent and 7 bits; between two codes there is one bound, at most.
-    FIRST_CELL = 13312  # of 2**-23
+    # The numbers of float32 from 2**-23 to 1 by the upper half of their bits; between two codes there is one bound, at
+    # most.
+    FIRST_CELL = 13312
     CELLS = 2945
 
 cdef struct Map:
-    float value[256]
-    # Of each cell the code of its least number, and from bit 8 on the last 16 bits of the bound in it, or more than so.
+    uint32_t value[256]  # the bits of the number of each code
+    # Of each cell what is added to the bits of a number in it for its code in the upper half: above the bound, the
+    # lower half carries.
     uint32_t cell[CELLS]
     bint signed  # then 127 codes are negative and 128 positive, and both are counted from the code of 0
 
 
-cdef inline uint8_t to_code(float x, const Map* map) noexcept nogil:
-    """The code of the number that is nearest to x, -1 to 1; in the middle between two of the smaller code."""
-    cdef uint32_t u = bits_of(x), negative = u >> 31 if map.signed else 0, size = u & 0x7fffffff, cell, code, most
-    size = size if size < 0x3f800000 else 0x3f800000
-    size = size if size > (FIRST_CELL << 16) else (FIRST_CELL << 16)
-    cell = map.cell[(size >> 16) - FIRST_CELL]
-    code = (cell & 0xff) + (1 if (size & 0xffff) + negative > (cell >> 8) else 0)
-    if map.signed:
-        most = 128 - negative
-        code = code if code < most else most
-        code = 127 - code if negative else 127 + code
-    return <uint8_t>code
+cdef inline uint32_t in_cells(float x, bint signed) noexcept nogil:
+    """The bits of x, kept within the cells of a map. In the middle between two numbers of the map the smaller code is
+    taken: for a negative one that which is further from 0, hence the 1."""
+    cdef int32_t size = <int32_t>(bits_of(x) & 0x7fffffff), least = FIRST_CELL << 16
+    cdef uint32_t negative = bits_of(x) >> 31 if signed else 0
+    cdef int32_t most = 0x3f800000 - <int32_t>(negative << 16)  # there is no code of -1
+    size = (size if size < most else most) + <int32_t>negative
+    return <uint32_t>(size if size > least else least) | negative << 31
+
+
+cdef inline uint16_t cell_of(uint32_t bits) noexcept nogil:
+    return <uint16_t>((bits >> 16 & 0x7fff) - FIRST_CELL)
+
+
+cdef inline uint8_t to_code(uint32_t bits, uint32_t cell, bint signed) noexcept nogil:
+    """The code of a number by its bits in the cells of a map, and what its cell says."""
+    cdef int32_t code = <int32_t>(bits + cell) >> 16
+    return <uint8_t>(code if not signed else 127 - code if code < 0 else 127 + code)
 
 
 # --- stochastic rounding: up as often as the number is near to what lies above ----------------------------------------

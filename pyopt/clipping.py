@@ -19,8 +19,8 @@ def get_total_norm(tensors: Any, norm_type: float = 2.0, error_if_nonfinite: boo
     """The norm of all arrays together, as if they were one vector: (sum of |x|**norm_type)**(1 / norm_type).
 
     Args:
-        tensors: float32 or float64 arrays in any memory order: a list, a mapping, nested in each other as they may be.
-            None is passed over; of a `Parameter` it is the gradient.
+        tensors: float32, float64, float16 or bfloat16 arrays in any memory order: a list, a mapping, nested in each
+            other as they may be. None is passed over; of a `Parameter` it is the gradient.
         norm_type: > 0; inf takes the largest |x|.
         error_if_nonfinite: whether a norm that is NaN or inf is an error.
 
@@ -119,10 +119,7 @@ def clip_grad_value_(parameters: Any, clip_value: float) -> None:
     """
     if clip_value != math.inf:
         non_negative("clip_value", clip_value)
-    batch = _batch(parameters)
-    batch.apply(kernels.clamp, {"most": clip_value})
-    for grad in batch.copied:
-        np.clip(grad, grad.dtype.type(-clip_value), grad.dtype.type(clip_value), out=grad)
+    _batch(parameters).apply(kernels.clamp, {"most": clip_value})
 
 
 def check_norm_type(norm_type: float) -> None:
@@ -147,8 +144,6 @@ def _norm(batch: ArrayBatch, norm_type: float, error_if_nonfinite: bool) -> floa
 def _scale(batch: ArrayBatch, factor: float) -> None:
     if factor != 1:
         batch.apply(kernels.scale, {"factor": factor})
-        for grad in batch.copied:
-            grad *= grad.dtype.type(factor)
 
 
 def _batch(parameters: Any) -> ArrayBatch:
@@ -158,7 +153,6 @@ def _batch(parameters: Any) -> ArrayBatch:
     if batch.copied:  # a batch sees overlaps among those alone that it goes over where they lie
         unique = {(*ends, array.strides): array for array in grads for *ends, _, _ in memory_ranges([array])}
         check_no_overlap([(b, e, f"gradient {i}", i) for i, (b, e, _) in enumerate(unique)])
-        batch.copied[:] = {id(array): array for array in batch.copied}.values()
     return batch
 
 

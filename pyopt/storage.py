@@ -43,6 +43,7 @@ STATE_DTYPES = ("float32", "bfloat16", "float16", "8bit")
 MASTERS = {"split": "low_bits", "kahan": "compensation"}  # with the names of their state
 LEAST_BLOCKWISE = 4096  # elements, from which 8 bits pay
 BLOCK = 256  # elements that share a scale in 8 bits
+FIRST_CELL, CELLS = 13312, 2945  # of maps: see _storage.pxd
 
 
 def checked(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,18 +105,19 @@ def dynamic_map(signed: bool) -> np.ndarray[Any, Any]:
     return np.sort(np.array(numbers)).astype(np.float32)
 
 
-def map_of(signed: bool) -> tuple[list[float], list[int]]:
-    """A map, and its cells: see _storage.pxd."""
+def map_of(signed: bool) -> tuple[list[int], list[int]]:
+    """The bits of a map, and its cells: see _storage.pxd."""
     values = dynamic_map(signed)
     sizes = values[127:] if signed else values
     bounds = ((sizes[:-1] + sizes[1:]) / np.float32(2)).view(np.uint32)
-    least = [(13312 + i) << 16 for i in range(2945)]
-    first = np.searchsorted(bounds, np.array(least, np.uint32), side="left")  # a size on a bound is of the smaller code
+    places = range(FIRST_CELL, FIRST_CELL + CELLS)
+    least = np.array(places, np.uint32) << 16
+    first = np.searchsorted(bounds, least, side="left")  # a size on a bound is of the smaller code
     cells = []
-    for size, code in zip(least, first.tolist(), strict=True):
-        bound = int(bounds[code]) - size if code < len(bounds) else 0x10000
-        cells.append(code | (bound if bound < 0x10000 else 0xFFFFFF) << 8)
-    return values.tolist(), cells
+    for place, code in zip(places, first.tolist(), strict=True):
+        bound = int(bounds[code]) - (place << 16) if code < len(bounds) else 0xFFFF
+        cells.append((code - place << 16) % 2**32 | max(0xFFFF - bound, 0))
+    return values.view(np.uint32).tolist(), cells
 
 
 def in_codes(size: int, is_contiguous: bool, dtype: str, storage: Mapping[str, Any]) -> bool:

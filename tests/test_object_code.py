@@ -150,6 +150,10 @@ LOOPS = {
         )
         for name in ("bfloat16", "float16", "split")
     },
+    "scale_of_codes": (1, r"\(__pyx_v_to\[__pyx_v_i\]\) = \(float_of\(\(__pyx_v_bits\["),
+    "largest_size": (1, r"__pyx_v_size = \(bits_of\(\(__pyx_v_x\[__pyx_v_i\]"),
+    "in_cells": (1, r"\(__pyx_v_place\[__pyx_v_i\]\) = __pyx_f_5pyopt_8_storage_cell_of\("),
+    "to_code": (1, r"\(__pyx_v_to\[__pyx_v_i\]\) = __pyx_f_5pyopt_8_storage_to_code\("),
     "fold": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
     "fold_thrice": (1, r"\(__pyx_v_x\[__pyx_v_i\]\) = \(\(\(\(__pyx_v_x\[__pyx_v_i\]\) \+ \(__pyx_v_y\["),
 }

@@ -153,7 +153,7 @@ def test_the_two_halves(dtype: Any) -> None:
 
 @pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize("what", ["bfloat16", "float16", "complex", "both dtypes", "all"])
-def test_what_the_kernels_do_not_cover_is_torchs(what: str, foreach: Any) -> None:
+def test_other_types_than_the_usual(what: str, foreach: Any) -> None:
     """To the precision of the shortest type, also where covered gradients stand beside it."""
     others = {
         "bfloat16": [new(67, dtype=torch.bfloat16)],

@@ -98,6 +98,57 @@ def test_has_the_bits_of_the_steps_one_by_one(name: str, options: dict[str, Any]
     pair.check()
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Adagrad"])
+@pytest.mark.parametrize(
+    "stored, are_blocks",
+    [
+        ({}, True),
+        ({"state_dtype": "float32"}, True),
+        ({"master": "split"}, True),
+        ({"master": "kahan"}, True),
+        ({"rounding": "stochastic"}, False),
+        ({"state_dtype": "8bit"}, False),
+    ],
+    ids=str,
+)
+def test_short_types_have_the_bits_of_the_steps_one_by_one(name: str, stored: Any, are_blocks: bool) -> None:
+    if name == "Adagrad" and stored.get("state_dtype") == "8bit":
+        pytest.skip("which it has not")
+    dtypes = (torch.bfloat16, torch.float32, *(() if stored.get("master") == "split" else (torch.float16,)))
+    pair = Pair(name, {"lr": 0.1, **stored}, dtypes)
+    for i, average in enumerate((False, False, True, True)):
+        if average and i == 2:
+            for optimizer in pair.optimizers:
+                optimizer.kept = EMA(optimizer, 0.9)
+        pair.step(2, max_norm=1.0)
+        assert blocks(pair.optimizers[0]) == (len(dtypes) if are_blocks and not average else 0)
+        pair.check()
+    ours, theirs = (o.kept.arrays.values() for o in pair.optimizers)
+    for a, b, p in zip(ours, theirs, pair.params(0), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+        assert p.numel() == 0 or not torch.equal(a, p.float())
+    for i, optimizer in enumerate(list(pair.optimizers)):
+        pair.optimizers[i] = getattr(optim, name)(pair.params(i), lr=0.1)
+        pair.optimizers[i].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    pair.step(2)
+    assert blocks(pair.optimizers[0]) == (len(dtypes) if are_blocks else 0)
+    pair.check()
+
+
+def test_norm_of_flattened_gradients_beside_short_ones() -> None:
+    """Those that are not flattened are summed in their own type."""
+    found = []
+    for flat in (True, False):
+        params = parameters(torch.float32)
+        if flat:
+            optim.flatten(params)
+        params.append(torch.nn.Parameter(new(4000, dtype=torch.bfloat16)))
+        fill(params, 1)
+        optim.SGD(params, lr=1.0).step(max_norm=0.5)
+        found.append([bits(p).tolist() for p in params])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["LAMB", "LARS", "Prodigy", "NAdam", "ASGD", "AdamWScheduleFree"])
 def test_rules_with_numbers_per_tensor_go_one_by_one(name: str) -> None:
     pair = Pair(name, {})
@@ -351,7 +402,7 @@ def test_every_interruption_leaves_all_or_nothing() -> None:
     ("params", "error", "match"),
     [
         ([torch.ones(3)], TypeError, r"params\[0\] is a Tensor, must be a torch.nn.Parameter"),
-        ([torch.nn.Parameter(torch.ones(3).bfloat16())], ValueError, "must be dense float32 or float64"),
+        ([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))], ValueError, "must be dense and on the CPU, of"),
         ([torch.nn.Parameter(torch.ones(3))] * 2, ValueError, "stands in the list twice"),
     ],
 )

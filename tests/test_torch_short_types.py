@@ -284,6 +284,51 @@ def test_what_has_no_such_options() -> None:
         optimizer.step()
 
 
+# --- between tensors and arrays ---------------------------------------------------------------------------------------
+
+
+@each_short
+@pytest.mark.parametrize("make", [optim, torch.optim], ids=["pyopt", "torch"])
+@each_stored
+def test_checkpoints_travel_to_arrays_and_back(dtype: Any, make: Any, stored: dict[str, Any]) -> None:
+    """The state keeps its types, and both sides go on with the same bits."""
+    if make is torch.optim and stored:
+        pytest.skip("options of pyopt's")
+    if dtype == torch.float16 and stored.get("master") == "split":
+        pytest.skip("of bfloat16 alone")
+    params = [torch.nn.Parameter(random(shape, dtype, i)) for i, shape in enumerate([(50, 3), (7,)])]
+    params[0].data = params[0].data.T.contiguous().T
+    optimizer = make.AdamW(params, lr=0.1, **stored)
+    for step in range(2):
+        for i, p in enumerate(params):
+            p.grad = random(p.shape, dtype, 10 * step + i)
+        optimizer.step()
+    saved = optimizer.state_dict()
+    on_arrays = pyopt.AdamW([as_array(p).copy("K") for p in params])
+    on_arrays.load_state_dict(optim.from_torch(saved))
+    there = optim.to_torch(on_arrays.state_dict())["state"]
+    assert len(there) == 2
+    for index, entry in saved["state"].items():
+        for name, value in entry.items():
+            assert there[index][name].dtype == value.dtype and torch.equal(there[index][name], value), name
+    again = optim.AdamW(params)
+    again.load_state_dict(optim.to_torch(on_arrays.state_dict()))
+    for i, p in enumerate(params):
+        p.grad = random(p.shape, dtype, 50 + i)
+    again.step()
+    on_arrays.step(grads=[as_array(p.grad) for p in params])
+    for array, p in zip(on_arrays.param_groups[0]["params"], params, strict=True):
+        assert np.array_equal(array.data.view(np.int16), as_array(p).view(np.int16))
+
+
+def test_numbers_of_bfloat16_in_groups() -> None:
+    group = {"lr": torch.tensor(0.5, dtype=torch.bfloat16), "params": []}
+    (found,) = optim.from_torch({"state": {}, "param_groups": [group]})["param_groups"]
+    assert found["lr"] == 0.5 and type(found["lr"]) is float
+    with pytest.raises(TypeError, match=r"group 0: 'x' is torch\.float8_e4m3fn, must be of a dtype that NumPy has"):
+        optim.from_torch({"state": {}, "param_groups": [{"x": torch.zeros(2).to(torch.float8_e4m3fn)}]})
+
+
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).parent / "stored" / "bitsandbytes_0_50.pt"  # made by tools/golden_bitsandbytes.py
@@ -310,3 +355,97 @@ def test_checkpoints_of_bitsandbytes(name: str) -> None:
     optimizer.step()
     for p, expected in zip(params, saved["after"], strict=True):
         torch.testing.assert_close(p.detach().ravel()[:512], expected, rtol=1e-5, atol=1e-6)
+
+
+# --- torchao ----------------------------------------------------------------------------------------------------------
+
+GOLDEN_AO = GOLDEN.with_name("torchao_0_18.pt")  # made by tools/golden_torchao.py
+
+
+class Quantized:
+    """What a state of torchao has, without its package."""
+
+    def __init__(self, **parts: Any) -> None:
+        vars(self).update(parts)
+
+    def dequantize(self) -> torch.Tensor:
+        if hasattr(self, "numbers"):  # as torchao gave them, of other than 8 bits
+            return self.numbers
+        blocks = self.qmap[self.codes.int()].view(len(self.scale), -1)
+        return (blocks * self.scale.view(-1, 1)).view(self.codes.shape)
+
+
+def saved_by_torchao(name: str) -> dict:
+    saved = torch.load(GOLDEN_AO, weights_only=True)[name]
+    for entry in saved["state_dict"]["state"].values():
+        entry.update({key: Quantized(**value) for key, value in entry.items() if isinstance(value, dict)})
+    return saved
+
+
+def loaded(saved: dict, params: list, name: str) -> torch.optim.Optimizer:
+    optimizer = getattr(optim, name)(params, lr=3, maximize=False)
+    optimizer.load_state_dict(optim.from_torchao(saved["state_dict"], optimizer))
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_checkpoints_of_torchao(name: str) -> None:
+    """Their state after three steps goes on here, in the same codes where these are of 8 bits."""
+    saved = saved_by_torchao(name)
+    params = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    optimizer = loaded(saved, params, "Adam" if name == "Adam8bit" else "AdamW")
+    for p, entry in zip(params, saved["state_dict"]["state"].values(), strict=True):
+        state = optimizer.state[p]
+        assert state["step"] == 3
+        for key in ("exp_avg", "exp_avg_sq"):
+            if not isinstance(entry[key], Quantized):
+                assert torch.equal(state[key], entry[key]), "float32 stays"
+            elif name.endswith("8bit"):
+                assert torch.equal(state[key], entry[key].codes)
+                assert torch.equal(state[f"{key}_absmax"], entry[key].scale)
+            else:
+                assert torch.equal(state[key], entry[key].dequantize())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["maximize"]) == (float(torch.tensor(0.01)), 0.1, False)
+    assert group.get("state_dtype") == ("8bit" if name.endswith("8bit") else None)
+    for p, g in zip(params, saved["grads"], strict=True):
+        p.grad = g.float()
+    optimizer.step()
+    for p, expected in zip(params, saved["after"], strict=True):
+        torch.testing.assert_close(p.detach().ravel()[:512], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_state_of_torchao_that_is_not_stored_so_here_becomes_float() -> None:
+    saved = saved_by_torchao("AdamW8bit")
+    codes = saved["state_dict"]["state"][0]["exp_avg"]
+    across = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    across[0].data = across[0].data.T.contiguous().T
+    double = [torch.nn.Parameter(p.double()) for p in saved["params"]]
+    for params in (across, double):
+        state = loaded(saved, params, "AdamW").state[params[0]]["exp_avg"]
+        assert (state.dtype, state.stride()) == (params[0].dtype, params[0].stride())
+        assert torch.equal(state.float(), codes.dequantize())
+    codes.scale = codes.scale.repeat_interleave(2)  # blocks of 128
+    params = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    optimizer = loaded(saved, params, "AdamW")
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], codes.dequantize())
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_what_is_no_state_of_torchao() -> None:
+    saved = saved_by_torchao("AdamW8bit")
+    params = [torch.nn.Parameter(p.float()) for p in saved["params"]]
+    optimizer = optim.AdamW(params)
+    with pytest.raises(TypeError, match="optimizer is a Lion, must be Adam or AdamW"):
+        optim.from_torchao(saved["state_dict"], optim.Lion(params))
+    with pytest.raises(ValueError, match=r"groups of \[3\] parameters, must be of \[2\]"):
+        optim.from_torchao(saved["state_dict"], optim.AdamW(params[:2]))
+    entry = saved["state_dict"]["state"][0]
+    entry["exp_avg"].qmap = entry["exp_avg"].qmap.flip(0)
+    with pytest.raises(ValueError, match="parameter 0: 'exp_avg': its map of 8 bits"):
+        optim.from_torchao(saved["state_dict"], optimizer)
+    entry["exp_avg"] = torch.nn.Parameter(torch.ones(64, 64))
+    with pytest.raises(TypeError, match="parameter 0: 'exp_avg' is a Parameter, must be a tensor or a state"):
+        optim.from_torchao(saved["state_dict"], optimizer)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import pyopt
 from torch_or_skip import torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # in torch.distributed.optim
@@ -169,6 +170,40 @@ def test_plot(example, tmp_path):
     path = tmp_path / "curve.png"
     example.main(["--epochs", "1", "--plot", str(path)])
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def train_in(example: ModuleType, dtype: torch.dtype, **stored: Any) -> tuple[float, float]:
+    """The accuracy of the example's network, and its loss of the last epoch, trained with AdamW in a type."""
+    torch.set_num_threads(1)
+    train_set, test_set = example.load_data()
+    (x, y), (x_test, y_test) = train_set.tensors, test_set.tensors
+    network = example.make_network(0).to(dtype)
+    optimizer = pyopt.torch.AdamW(network.parameters(), **example.OPTIMIZERS["AdamW"], **stored)
+    schedule = pyopt.lr_scheduler.WarmupCosineLR(optimizer, STEPS, example.HORIZON * STEPS)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(example.HORIZON):
+        for batch in torch.randperm(len(x), generator=generator)[: STEPS * example.BATCH].split(example.BATCH):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(network(x[batch].to(dtype)).float(), y[batch])
+            loss.backward()
+            pyopt.torch.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    with torch.no_grad():
+        accuracy = (network(x_test.to(dtype)).argmax(dim=1) == y_test).float().mean().item()
+    return accuracy, sum(losses[-STEPS:]) / STEPS
+
+
+def test_bfloat16_reaches_float32(example):
+    """Measured over three seeds: 1.00 to 1.07 of float32's loss with what keeps weights from stalling, 2 without."""
+    accuracy, loss = train_in(example, torch.float32)
+    for stored in ({"master": "kahan"}, {"master": "split"}, {"rounding": "stochastic"}):
+        short = train_in(example, torch.bfloat16, **stored)
+        assert short[0] >= accuracy - 0.005, stored
+        assert short[1] <= 1.15 * loss, stored
+    assert train_in(example, torch.bfloat16)[1] >= 1.5 * loss
 
 
 # ------------------------------------------------------------------------------------------------- wrong arguments

@@ -23,6 +23,7 @@ from pyopt.torch.flat import flatten as flatten
 from pyopt.torch.flat import unflatten as unflatten
 from pyopt.torch.matrices import MuonAdamW as MuonAdamW
 from pyopt.torch.optimizers import *  # noqa: F403
+from pyopt.torch.torchao import from_torchao as from_torchao
 
 if TYPE_CHECKING:  # what __getattr__ hands out
     from torch.optim import Optimizer as Optimizer

@@ -19,7 +19,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from pyopt._asked cimport FILL, RAISE, Average
-from pyopt._engine cimport AVERAGES, STATES, Averaged, Rule, Work
+from pyopt._engine cimport AVERAGES, BFLOAT16, PLAIN, STATES, Averaged, Rule, Work
 from pyopt._norms cimport Batch, power_sums
 from pyopt._plans cimport Plan
 from pyopt._step cimport COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Row, Workspace, hold
@@ -760,9 +760,9 @@ cdef class TensorWorkspace(Workspace):
                 flat = self.folding.flat_of(<object>self.rows[k].param)
                 for i in range(flat.count):
                     batch.add(<char *>w.stream[1] + flat.starts[i] * flat.itemsize, flat.starts[i + 1] - flat.starts[i],
-                              w.is_double, None)
+                              element_of_gradient(w), None)
             else:
-                batch.add(<char *>w.stream[1], w.size, w.is_double, None)
+                batch.add(<char *>w.stream[1], w.size, element_of_gradient(w), None)
             found += [None] * (batch.count - n)
             n = batch.count
         sums = iter(batch.sums(power, scale))
@@ -999,7 +999,7 @@ cdef class TensorBatch(Batch):
         self.places, self.copied = [], []
         for k in range(len(grads)):
             tensor = <PyObject *>grads[k]
-            if not is_plain(grads[k]) or not view_tensor(tensor, &g, layouts) or is_short(&g):
+            if not is_plain(grads[k]) or not view_tensor(tensor, &g, layouts):
                 continue
             p = g
             if params[k] is not None and not (is_plain(params[k]) and view_tensor(<PyObject *>params[k], &p, layouts)
@@ -1013,12 +1013,19 @@ cdef class TensorBatch(Batch):
                                         requires_grad=False).copy_(held.detach())
                 self.copied.append(grads[k])
                 view_tensor(<PyObject *>held, &g, layouts)
-            self.add(g.data, g.size, g.itemsize == 8, held)
+            self.add(g.data, g.size, g.element, held)
             self.places.append(k)
 
     def apply(self, Rule rule, dict scalars):
         raise_versions(self.held)
         Batch.apply(self, rule, scalars)
+
+
+cdef int element_of_gradient(const Work *w) noexcept:
+    """The type of its elements (_views.pxd)."""
+    if w.stored == NULL or w.stored.codec[1] == PLAIN:
+        return OF_FLOAT64 if w.is_double else OF_FLOAT32
+    return OF_BFLOAT16 if w.stored.codec[1] == BFLOAT16 else OF_FLOAT16
 
 
 # --- flattened parameters ---------------------------------------------------------------------------------------------
@@ -1035,8 +1042,11 @@ def fold_by(function, kind):
     fold, flat_state = function, kind
 
 
-cdef bint is_elementwise(Plan plan) noexcept:
-    return plan.names is not None and not needs_whole(plan.rule) and plan.storage is None
+cdef bint is_elementwise(Plan plan) except -1:
+    """Whether an element is stepped alike wherever it lies: 8 bits and chance count from the start of a tensor."""
+    if plan.storage is not None and (plan.chance or plan.storage.get("state_dtype") == "8bit"):
+        return False
+    return plan.names is not None and not needs_whole(plan.rule)
 
 
 cdef class Flat:

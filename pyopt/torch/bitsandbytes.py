@@ -63,19 +63,17 @@ def from_bitsandbytes(state_dict: StateDict, optimizer: Any) -> StateDict:
             values, scales = entry[key], entry.get(f"absmax{key[-1]}")
             new[name] = (values if place is None else values[place]).clone()
             if scales is not None:
-                check_map(index, entry[f"qmap{key[-1]}"], signed=key == "state1")
+                check_map(f"parameter {index}", entry[f"qmap{key[-1]}"], signed=key == "state1")
                 new[f"{name}_absmax"] = (scales if place is None else scales[place]).clone()
                 in_codes = True
         state[index] = new
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        known = {k: v for k, v in saved_group.items() if k in group and k not in ("params", "param_names")}
+        known = dict(saved_group)
         if "betas" in group:
             known["betas"] = tuple(saved_group["betas"])[: len(group["betas"])]
         elif "momentum" in group:
             known["momentum"] = saved_group["betas"][0]
-        kept = {k: v for k, v in group.items() if k != "params"}
-        new_group = {**kept, **known, "params": list(saved_group["params"])}
-        groups.append({**new_group, "state_dtype": "8bit"} if in_codes else new_group)
+        groups.append(in_group(group, known, in_codes))
     return {"state": state, "param_groups": groups}
 
 
@@ -119,11 +117,17 @@ def names_of(optimizer: Any) -> tuple[tuple[str, ...], str | None]:
     return NAMES[name]
 
 
+def in_group(group: Entry, saved: Entry, in_codes: bool) -> Entry:
+    """A group of an optimizer for a checkpoint of it: with the options of a saved one, as far as it has them."""
+    known = {key: value for key, value in saved.items() if key in group and key != "param_names"}
+    return {**group, **known, "params": list(saved["params"]), **({"state_dtype": "8bit"} if in_codes else {})}
+
+
 def stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].clone() if len(tensors) == 1 else torch.stack(tensors)
 
 
-def check_map(index: Any, numbers: Tensor, signed: bool) -> None:
+def check_map(what: str, numbers: Tensor, signed: bool) -> None:
     """Raise unless codes mean what they mean here."""
     if not torch.equal(numbers.cpu().float(), torch.from_numpy(dynamic_map(signed))):
-        raise ValueError(f"parameter {index}: its map is not the dynamic one of bitsandbytes")
+        raise ValueError(f"{what}: its map of 8 bits is not the dynamic one of bitsandbytes")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyopt.storage import dtype_of
+
 StateDict = dict[str, Any]
 
 # They choose between torch's implementations; pyopt has one.
@@ -21,7 +23,8 @@ def from_torch(state_dict: StateDict) -> StateDict:
     implementations go. Keys and entries of the user's own are kept.
 
     Raises:
-        TypeError: a tensor that NumPy has no dtype for (bfloat16).
+        TypeError: a tensor that NumPy has no dtype for.
+        ImportError: one of bfloat16, which becomes that of the package ml_dtypes, without it.
         ValueError: a step count that is no whole number.
 
     Example:
@@ -53,9 +56,13 @@ def from_torch(state_dict: StateDict) -> StateDict:
 def _to_numpy(value: Any, what: str) -> Any:
     """Tensors as arrays, also within lists, tuples and dicts; everything in it a copy."""
     if isinstance(value, torch.Tensor):
-        if value.dtype == torch.bfloat16:
-            raise TypeError(f"{what} is bfloat16, must be of a dtype that NumPy has")
-        return value.detach().cpu().resolve_neg().resolve_conj().numpy().copy("K")
+        plain = value.detach().cpu().resolve_neg().resolve_conj()
+        if plain.dtype == torch.bfloat16:
+            return plain.view(torch.int16).numpy().copy("K").view(dtype_of("bfloat16"))
+        try:
+            return plain.numpy().copy("K")
+        except TypeError:
+            raise TypeError(f"{what} is {value.dtype}, must be of a dtype that NumPy has") from None
     return _within(value, lambda each: _to_numpy(each, what))
 
 
@@ -112,5 +119,7 @@ def to_torch(state_dict: StateDict) -> StateDict:
 def _to_torch(value: Any) -> Any:
     """Arrays as tensors, NumPy's scalars as numbers, also within lists, tuples and dicts; everything in it a copy."""
     if isinstance(value, np.ndarray):
+        if value.dtype.name == "bfloat16":
+            return torch.from_numpy(value.copy("K").view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(value.copy("K"))
     return value.item() if isinstance(value, np.generic) else _within(value, _to_torch)

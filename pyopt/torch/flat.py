@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
+from pyopt.storage import MASTERS
 from pyopt.torch._tensors import Flat, TensorWorkspace, flat_parameters, fold_by, is_ordinary, member_of, unrecorded
 
 Entry = dict[str, Any]
+
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WORDS = "float32, float64, bfloat16 or float16"
 
 
 def flatten(params: Iterable[Any]) -> None:
@@ -21,13 +25,14 @@ def flatten(params: Iterable[Any]) -> None:
     Every parameter stays the object that it is, as a view of the block; its gradient is from now on a view too, zeros
     where it had none. `backward()` adds to it in place, `zero_grad()` of an optimizer of pyopt.torch fills it with
     zeros. Such an optimizer then steps the block as one tensor where the parameters stand in one group, side by side
-    and in this order, by a rule of elements (not LAMB, LARS, Prodigy, Muon and the like) and without an average
-    attached; the bits are those of the steps one by one. What comes in between is noticed and right, and that step
-    slower: a gradient that was replaced or is None (until the next zero_grad()), a parameter that was moved.
+    and in this order, by a rule of elements (not LAMB, LARS, Prodigy, Muon and the like), without an average attached,
+    state in 8 bits or rounding by chance; the bits are those of the steps one by one. What comes in between is noticed
+    and right, and that step slower: a gradient that was replaced or is None (until the next zero_grad()), a parameter
+    that was moved.
 
     Args:
-        params: parameters, or (name, parameter) pairs as named_parameters() gives them: dense float32 or float64 ones
-            on the CPU that no other parameter shares memory with.
+        params: parameters, or (name, parameter) pairs as named_parameters() gives them: dense ones of float32, float64,
+            bfloat16 or float16 on the CPU that no other parameter shares memory with.
 
     Raises:
         TypeError: what is no torch.nn.Parameter.
@@ -53,13 +58,14 @@ def flatten(params: Iterable[Any]) -> None:
         p = item[1] if isinstance(item, tuple) and len(item) == 2 else item
         if type(p) is not torch.nn.Parameter:
             raise TypeError(f"params[{i}] is a {type(p).__name__}, must be a torch.nn.Parameter")
-        long = p.dtype in (torch.float32, torch.float64)
-        if not is_ordinary(p) or not long or p.is_inference() or p.is_neg():
-            raise ValueError(f"params[{i}] is {p.dtype} on {p.device}, must be dense float32 or float64 on the CPU")
+        if not is_ordinary(p) or p.dtype not in TYPES or p.is_inference() or p.is_neg():
+            raise ValueError(f"params[{i}] is {p.dtype} on {p.device}, must be dense and on the CPU, of {WORDS}")
         if id(p) in seen:
             raise ValueError(f"params[{i}] stands in the list twice")
         if p.grad is not None and (type(p.grad) is not torch.Tensor or not is_ordinary(p.grad)):
             raise ValueError(f"the gradient of params[{i}] is no dense tensor on the CPU")
+        if p.grad is not None and p.grad.dtype != p.dtype:
+            raise ValueError(f"the gradient of params[{i}] is {p.grad.dtype}, must be {p.dtype} as the parameter")
         seen.add(id(p))
         by_type.setdefault(p.dtype, []).append(p)
     ranges = sorted((p.data_ptr(), p.data_ptr() + _reach(p)) for each in by_type.values() for p in each if p.numel())
@@ -291,15 +297,28 @@ def _are_alike(flat: Flat, entries: list[Any]) -> bool:
         for name in entry:
             if sys.getrefcount(entry[name]) > VALUE_HOLDERS or type(entry[name]) is not torch.Tensor:
                 return False
-            if not is_ordinary(entry[name]) or entry[name].is_neg() or entry[name].requires_grad:
+            dtype, like = entry[name].dtype, flat.gradients[i]
+            if not _goes_with(like.dtype, dtype, name) or dtype != entries[0][name].dtype:
                 return False
-            like = flat.gradients[i]
+            if entry[name].layout is not torch.strided or entry[name].device.type != "cpu":
+                return False
+            if entry[name].is_neg() or entry[name].requires_grad:
+                return False
             if name == "step":
-                if entry[name].dtype != entries[0][name].dtype or float(entry[name]) != float(entries[0][name]):
+                if float(entry[name]) != float(entries[0][name]):
                     return False
-            elif entry[name].shape != like.shape or entry[name].dtype != like.dtype:
+            elif entry[name].shape != like.shape:
                 return False
     return True
+
+
+def _goes_with(dtype: torch.dtype, of_state: torch.dtype, name: str) -> bool:
+    """Whether a step takes state of one type with a parameter of another."""
+    if name == "step":
+        return of_state in TYPES
+    if dtype == torch.float64:
+        return of_state == torch.float64
+    return of_state in TYPES[1:] or (of_state == torch.int16 and name == MASTERS["split"])
 
 
 def _joined(flat: Flat, entries: list[Entry]) -> Entry:
@@ -308,7 +327,7 @@ def _joined(flat: Flat, entries: list[Entry]) -> Entry:
         if name == "step":
             entry[name] = value.clone()
         else:
-            entry[name] = torch.empty_like(flat.block, requires_grad=False)
+            entry[name] = torch.empty_like(flat.block, dtype=value.dtype, requires_grad=False)
             for i, each in enumerate(entries):
                 flat.part(entry[name], i).copy_(each[name])
     return entry
