@@ -286,6 +286,10 @@ cdef bint needs_whole(Rule rule) noexcept:
     return rule.kernel.finish != NULL or rule.kernel.finish_row32 != NULL
 
 
+class BlockLeft(RuntimeError):
+    """Of parameters that are stepped as one, some must be left to torch."""
+
+
 cdef class TensorWorkspace(Workspace):
     """The steps of one torch optimizer."""
     # Of this step: per row that is left [why, its memory, whether torch has done what there is to do].
@@ -295,6 +299,7 @@ cdef class TensorWorkspace(Workspace):
     # The tensors that are written. A list as long, made anew, has malloc tidy up all gradients freed since.
     cdef list touched
     cdef list layouts  # shapes and strides behind the views that do not come from the exchange API
+    cdef bint apart  # flattened parameters are not stepped as one
     cdef object folding  # how parameters that lie in one block are stepped as one; None in a step without
 
     def __cinit__(self):
@@ -341,8 +346,19 @@ cdef class TensorWorkspace(Workspace):
             return "its negative bit is set"
         return "it is an inference tensor" if param.is_inference() else None
 
+    def step_apart(self, *args):
+        """`step` of flattened parameters one by one."""
+        with self:
+            self.apart = True
+            try:
+                self.step(*args)
+            finally:
+                self.apart = False
+
     cdef int leave(self, Row *row, Py_ssize_t index, reason) except -1:
         """Leave a row to torch: note what torch will write and read."""
+        if row.n_flat:
+            raise BlockLeft(f"a block of flattened parameters cannot be stepped as one: {reason}")
         cdef PyObject *entry = row.entry if row.entry != NULL else self.find_entry(<object>row.param)
         param = <object>row.param
         memory = []
@@ -373,7 +389,7 @@ cdef class TensorWorkspace(Workspace):
         self.folding = None
         if (flats or type(optimizer.state) is flat_state) and not self.dry:
             plain = grads is None and not self.bare and not optimizer._averages and self.nonfinite != RAISE
-            self.folding = fold(self, optimizer, plain)
+            self.folding = fold(self, optimizer, plain and not self.apart)
         return Workspace.collect(self, optimizer, grads)
 
     def is_walking(self):
@@ -400,7 +416,9 @@ cdef class TensorWorkspace(Workspace):
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         hold(&row.data, <object>row.param)
-        row.is_flat = self.folding is not None and self.folding.flat_of(<object>row.param) is not None
+        flat = None if self.folding is None else self.folding.flat_of(<object>row.param)
+        if flat is not None:
+            row.n_flat = (<Flat>flat).count
         return 0
 
     cdef int read_view(self, PyObject *tensor, View *v) except -1:
@@ -756,7 +774,7 @@ cdef class TensorWorkspace(Workspace):
             if w.touched != NULL:
                 found.append(power_sums(w, 1, power, scale)[0])
                 continue
-            if self.rows[k].is_flat:
+            if self.rows[k].n_flat:
                 flat = self.folding.flat_of(<object>self.rows[k].param)
                 for i in range(flat.count):
                     batch.add(<char *>w.stream[1] + flat.starts[i] * flat.itemsize, flat.starts[i + 1] - flat.starts[i],
@@ -906,7 +924,7 @@ cdef class TensorWorkspace(Workspace):
             for j in range(STATES):
                 if row.state[j] != NULL:
                     n = self.touch(n, row.state[j])
-            if row.is_flat:
+            if row.n_flat:
                 for param in (<Flat>self.folding.flat_of(<object>row.param)).parameters():
                     n = self.touch(n, <PyObject *>param)
             for j in range(1 + STATES):
@@ -1077,6 +1095,9 @@ cdef class Flat:
         self.starts[self.count] = start
 
     def __init__(self, block, list params, list gradients):
+        for p in params:
+            if id(p) in members:
+                (<Flat>members[id(p)][0]).forget()
         self.index = {id(p): i for i, p in enumerate(params)}
         self.references = [ref(p, self.forget) for p in params]
         members.update({key: (self, i) for key, i in self.index.items()})
@@ -1093,6 +1114,8 @@ cdef class Flat:
                 del members[key]
             if flats.get(key) is self:
                 del flats[key]
+        # Those with a call would keep the blocks alive until the garbage collector comes.
+        self.references = [each if each() is None else ref(each()) for each in self.references]
 
     def parameters(self):
         """The parameters, all of which must be alive."""
@@ -1134,6 +1157,27 @@ cdef class Flat:
                 return False
             layout += 1 + 2 * layout[0]
         return True
+
+    def zero(self, set places):
+        """Fill the gradients of these parameters with zeros, in their places; not of what was moved or is frozen."""
+        cdef View data, gradient
+        cdef Py_ssize_t i
+        cdef const int64_t *layout = self.layout
+        cdef list layouts = [], zeroed = []
+        cdef PyObject *param
+        view_tensor(<PyObject *>self.block, &data, layouts)
+        view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
+        for i in range(self.count):
+            param = PyWeakref_GetObject(self.references[i])
+            if (i in places and is_plain(<object>param) and (<object>param).requires_grad
+                    and self.is_at(param, &data, i, layout)
+                    and self.is_at(<PyObject *>self.gradients[i], &gradient, i, layout)):
+                zeroed.append((<object>param, self.gradients[i]))
+            layout += 1 + 2 * layout[0]
+        for each in [self.block.grad] if len(zeroed) == self.count else [place for _, place in zeroed]:
+            each.zero_()
+        for p, place in zeroed:
+            p.grad = place
 
 
 def flat_parameters(list params):

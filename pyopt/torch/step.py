@@ -19,7 +19,7 @@ import pyopt
 from pyopt import checks, storage
 from pyopt._asked import Average, asked
 from pyopt._options import check_options
-from pyopt.torch._tensors import TensorWorkspace
+from pyopt.torch._tensors import BlockLeft, TensorWorkspace
 from pyopt.torch.fallback import step_by_torch
 from pyopt.torch.flat import zero_flattened
 
@@ -204,7 +204,10 @@ class KernelStepMixin:
         if is_observed():
             workspace.step_by(self._step_observed, self._side(self), None, what, factor)
         else:
-            workspace.step(self._side(self), None, what, factor)
+            try:
+                workspace.step(self._side(self), None, what, factor)
+            except BlockLeft:
+                workspace.step_apart(self._side(self), None, what, factor)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
