@@ -16,6 +16,8 @@ from pyopt.averaging import EMA
 from test_torch_interruption import ByCall, every_point, interrupted
 from torch_or_skip import bits, new, optim, torch
 
+from torch.utils.flop_counter import FlopCounterMode  # isort: skip
+
 from pyopt.torch._tensors import member_of  # isort: skip
 
 SHAPES = [(64,), (3, 5), (), (1,), (7, 1, 2), (0, 3), (33,)]
@@ -423,6 +425,15 @@ def test_parameters_that_must_be_left_to_torch_go_one_by_one() -> None:
         shares = torch.nn.Parameter(pair.params(i)[0].data)
         optimizer.add_param_group({"params": [shares]})
     pair.step(3)
+    pair.check()
+
+
+def test_a_step_that_a_dispatch_mode_follows() -> None:
+    pair = Pair("Adam", {"lr": 0.1})
+    pair.step(2)
+    with FlopCounterMode(display=False):
+        pair.step()
+    pair.step(2)
     pair.check()
 
 

@@ -21,7 +21,7 @@ from pyopt._asked import Average, asked
 from pyopt._options import check_options
 from pyopt.torch._tensors import BlockLeft, TensorWorkspace
 from pyopt.torch.fallback import step_by_torch
-from pyopt.torch.flat import zero_flattened
+from pyopt.torch.flat import FlatState, zero_flattened
 
 Group = dict[str, Any]
 Step = TypeVar("Step", bound=Callable[..., Any])
@@ -202,6 +202,8 @@ class KernelStepMixin:
             factor = 1.0 if scale is None else float(torch.as_tensor(scale, dtype=torch.float64).reciprocal())
         workspace = attributes.get("_pyopt_workspace") or workspace_of(self)
         if is_observed():
+            if isinstance(self.state, FlatState):
+                self.state.release_all()  # torch steps by parameter
             workspace.step_by(self._step_observed, self._side(self), None, what, factor)
         else:
             try:
