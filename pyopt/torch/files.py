@@ -157,6 +157,9 @@ class TensorSide(Side):
         for hook in getattr(self.optimizer, "_optimizer_load_state_dict_post_hooks", {}).values():
             hook(self.optimizer)
 
+    def typed(self, name: str, array: Array) -> Array:
+        return array  # as_tensor knows the type
+
     def own(self, name: str, array: Array, is_tensor: bool) -> Any:
         return as_tensor(np.array(array)) if is_tensor else super().own(name, array, is_tensor)
 
