@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -267,7 +267,7 @@ class KernelStepMixin:
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = vars(self).pop("_pyopt_loading", None)
         if loading is not None:
-            keep_types(loading["saved"], state, loading["stored"])
+            keep_types(loading["saved"], state, loading["stored"], self._core.number_states)
         super().__setstate__(state)  # type: ignore[misc]
 
     def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
@@ -284,17 +284,23 @@ def signature_of(cls: type) -> inspect.Signature:
     return of_torch.replace(parameters=[*of_torch.parameters.values(), *own])
 
 
-def keep_types(saved: dict[str, Any], state: dict[str, Any], stored: list[dict[str, Any]]) -> None:
-    """Give groups that a checkpoint makes their options of storage, and the state of such the types it was saved in."""
+def keep_types(
+    saved: dict[str, Any], state: dict[str, Any], stored: list[dict[str, Any]], numbers: Collection[str]
+) -> None:
+    """Give groups that a checkpoint makes their options of storage, and the state of such the types it was saved in.
+
+    So in any group numbers of the whole tensor, and the codes of state in 8 bits with what is kept beside them.
+    """
     for group, saved_group, own in zip(state["param_groups"], saved["param_groups"], stored, strict=True):
         if not storage.checked(saved_group):
             group.update({**own, **group})
-        if not storage.checked(group):
-            continue
+        keeps = bool(storage.checked(group))
         for p, index in zip(group["params"], saved_group["params"], strict=True):
             entry = state["state"].get(p, {})
             for name, value in saved["state"].get(index, {}).items():
-                if isinstance(value, torch.Tensor) and name != "step" and entry[name].dtype != value.dtype:
+                if not isinstance(value, torch.Tensor) or name == "step" or entry[name].dtype == value.dtype:
+                    continue
+                if keeps or name in numbers or value.shape != p.shape or not value.is_floating_point():
                     entry[name] = value.to(device=p.device, copy=True)
 
 
