@@ -118,6 +118,25 @@ def test_numbers_of_the_whole_tensor_keep_their_type(name: str) -> None:
         ), key
 
 
+@each_short
+def test_checkpoints_between_tensors_and_arrays(dtype: Any) -> None:
+    p = torch.nn.Parameter(random(33, dtype, 0))
+    optimizer = optim.Adam([p], lr=0.1, master="kahan")
+    p.grad = random(33, dtype, 1)
+    optimizer.step()
+    array = as_array(p).copy()
+    there = pyopt.Adam([array])
+    there.load_state_dict(optim.from_torch(optimizer.state_dict()))
+    back = optim.Adam([torch.nn.Parameter(p.detach().clone())])
+    back.load_state_dict(optim.to_torch(there.state_dict()))
+    there.step(grads=[as_array(random(33, dtype, 2))])
+    for each in (optimizer, back):
+        q = each.param_groups[0]["params"][0]
+        q.grad = random(33, dtype, 2)
+        each.step()
+        assert as_array(q).tobytes() == array.tobytes()
+
+
 def test_codes_stay_codes_where_the_option_is_gone() -> None:
     p = torch.nn.Parameter(random(4096, torch.bfloat16, 0))
     optimizer = optim.Adam([p], state_dtype="8bit")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyopt.storage import dtype_of
+
 StateDict = dict[str, Any]
 
 # They choose between torch's implementations; pyopt has one.
@@ -21,7 +23,7 @@ def from_torch(state_dict: StateDict) -> StateDict:
     implementations go. Keys and entries of the user's own are kept.
 
     Raises:
-        TypeError: a tensor that NumPy has no dtype for (bfloat16).
+        ImportError: a bfloat16 tensor, without the package ml_dtypes, which has the type for arrays.
         ValueError: a step count that is no whole number.
 
     Example:
@@ -37,12 +39,12 @@ def from_torch(state_dict: StateDict) -> StateDict:
         1
     """
     groups = []
-    for index, group in enumerate(state_dict["param_groups"]):
-        kept = {k: _to_numpy(v, f"group {index}: {k!r}") for k, v in group.items() if k not in SWITCHES}
+    for group in state_dict["param_groups"]:
+        kept = {k: _to_numpy(v) for k, v in group.items() if k not in SWITCHES}
         groups.append({k: _as_number(v) for k, v in kept.items()})
     state = {}
     for index, entry in state_dict["state"].items():
-        arrays = {k: _to_numpy(v, f"parameter {index}: state {k!r}") for k, v in entry.items() if v is not None}
+        arrays = {k: _to_numpy(v) for k, v in entry.items() if v is not None}
         if "step" in arrays:
             arrays["step"] = as_count(arrays["step"], f"parameter {index}: state 'step'")
         if arrays:
@@ -50,13 +52,14 @@ def from_torch(state_dict: StateDict) -> StateDict:
     return {"state": state, "param_groups": groups}
 
 
-def _to_numpy(value: Any, what: str) -> Any:
+def _to_numpy(value: Any) -> Any:
     """Tensors as arrays, also within lists, tuples and dicts; everything in it a copy."""
     if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().resolve_neg().resolve_conj()
         if value.dtype == torch.bfloat16:
-            raise TypeError(f"{what} is bfloat16, must be of a dtype that NumPy has")
-        return value.detach().cpu().resolve_neg().resolve_conj().numpy().copy("K")
-    return _within(value, lambda each: _to_numpy(each, what))
+            return value.view(torch.int16).numpy().copy("K").view(dtype_of("bfloat16"))
+        return value.numpy().copy("K")
+    return _within(value, _to_numpy)
 
 
 def _within(value: Any, convert: Callable[[Any], Any]) -> Any:
@@ -112,5 +115,7 @@ def to_torch(state_dict: StateDict) -> StateDict:
 def _to_torch(value: Any) -> Any:
     """Arrays as tensors, NumPy's scalars as numbers, also within lists, tuples and dicts; everything in it a copy."""
     if isinstance(value, np.ndarray):
+        if value.dtype.name == "bfloat16":
+            return torch.from_numpy(value.view(np.int16).copy("K")).view(torch.bfloat16)
         return torch.from_numpy(value.copy("K"))
     return value.item() if isinstance(value, np.generic) else _within(value, _to_torch)

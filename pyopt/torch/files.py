@@ -135,6 +135,8 @@ class TensorSide(Side):
             return tensors[id(value)] if id(value) in tensors else as_tensor(value)
         if name not in self.numbers:
             return _within(value, np.ndarray, as_tensor)
+        if self.core is pyopt.SparseAdam:  # torch's counts in ints
+            return int(value)
         double = torch.get_default_dtype() == torch.float64
         dtype = torch.float64 if double or not hasattr(torch.optim, self.kind) else torch.float32
         number = torch.tensor(float(value), dtype=torch.float64)
