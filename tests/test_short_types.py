@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -270,6 +272,19 @@ def test_files(tmp_path: Any, given: Any) -> None:
         into.step(grads=[np.ones_like(p) for p in params])
     for got, p in zip(others, params, strict=True):
         assert_same_bits(got, p, "after another step")
+
+
+def test_the_first_bfloat16_of_a_process_is_that_of_the_state() -> None:
+    program = """
+import sys
+import numpy as np
+import pyopt
+w = np.ones(3, np.float32)
+pyopt.Adam([w], lr=0.5, state_dtype="bfloat16").step(grads=[np.ones(3, np.float32)])
+print(w.tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "[0.5, 0.5, 0.5]", result.stderr
 
 
 def test_nan_in_codes() -> None:
