@@ -164,6 +164,14 @@ def state_kept_and_changed(o: Any, params: list[Any]) -> None:
     o.kept.mul_(2)
 
 
+def array_of_state_kept(o: Any, params: list[Any]) -> None:
+    o.kept = o.state[params[1]]["exp_avg"].numpy()
+
+
+def view_of_state_kept(o: Any, params: list[Any]) -> None:
+    o.kept = o.state[params[1]]["exp_avg"].view(-1)
+
+
 def state_replaced(o: Any, params: list[Any]) -> None:
     o.state[params[1]]["exp_avg"] = torch.ones_like(params[1])
 
@@ -208,6 +216,7 @@ def other_lr(o: Any, params: list[Any]) -> None:
 
 DISTURBANCES = [
     *(replaced_gradient, no_gradient, moved, negated, negated_gradient, transposed, reordered, split, added),
+    *(array_of_state_kept, view_of_state_kept),
     *(state_kept, state_dict_kept, state_kept_and_changed, state_replaced, state_dropped, own_entry, loaded),
     *(unflattened, flattened_again, averaged, zeroed, other_lr),
 ]
@@ -312,6 +321,22 @@ def test_copies_have_state_by_parameter(copied: Callable[[Any], Any]) -> None:
     assert type(twin.state).__name__ == "defaultdict" and len(twin.state) == len(SHAPES) + 1
     pair.optimizers[0] = twin
     pair.step(2)
+    pair.check()
+
+
+@pytest.mark.parametrize("keep", [array_of_state_kept, view_of_state_kept, state_kept])
+def test_what_is_kept_of_the_state_follows_the_steps(keep: Callable[..., None]) -> None:
+    pair = Pair("Adam", {"lr": 0.1})
+    pair.step(2)
+    optimizer, params = pair.optimizers[0], pair.params(0)
+    keep(optimizer, params)
+    kept = optimizer.kept["exp_avg"] if keep is state_kept else optimizer.kept
+    before = kept.tolist()
+    pair.step(2)
+    assert kept.tolist() != before
+    del kept, optimizer.kept
+    pair.step(2)
+    assert blocks(optimizer) == 1
     pair.check()
 
 

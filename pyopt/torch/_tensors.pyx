@@ -1158,26 +1158,33 @@ cdef class Flat:
             layout += 1 + 2 * layout[0]
         return True
 
-    def zero(self, set places):
-        """Fill the gradients of these parameters with zeros, in their places; not of what was moved or is frozen."""
+    def in_place(self, numbers):
+        """(parameter, place of its gradient), for those of these numbers that were neither moved nor frozen."""
         cdef View data, gradient
         cdef Py_ssize_t i
         cdef const int64_t *layout = self.layout
-        cdef list layouts = [], zeroed = []
+        cdef list layouts = [], found = []
+        cdef set wanted = set(numbers)
+        cdef bint all_of_them = len(wanted) == self.count
         cdef PyObject *param
         view_tensor(<PyObject *>self.block, &data, layouts)
         view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
         for i in range(self.count):
             param = PyWeakref_GetObject(self.references[i])
-            if (i in places and is_plain(<object>param) and (<object>param).requires_grad
+            if ((all_of_them or i in wanted) and is_plain(<object>param) and (<object>param).requires_grad
                     and self.is_at(param, &data, i, layout)
                     and self.is_at(<PyObject *>self.gradients[i], &gradient, i, layout)):
-                zeroed.append((<object>param, self.gradients[i]))
+                found.append((<object>param, self.gradients[i]))
             layout += 1 + 2 * layout[0]
-        for each in [self.block.grad] if len(zeroed) == self.count else [place for _, place in zeroed]:
+        return found
+
+    def zero(self, list places):
+        """Fill gradients with zeros and give them to their parameters, as `in_place` returns these."""
+        for each in [self.block.grad] if len(places) == self.count else [place for _, place in places]:
             each.zero_()
-        for p, place in zeroed:
-            p.grad = place
+        for param, place in places:
+            if param.grad is not place:
+                param.grad = place
 
 
 def flat_parameters(list params):
@@ -1196,6 +1203,22 @@ def flat_parameters(list params):
             units.append(params[k])
             k += 1
     return units if any_flat else None
+
+
+def members_of(list params):
+    """The Flats that some parameters are of, with a list of the places of these in each."""
+    cdef PyObject *found
+    cdef dict flats_of = {}
+    cdef Flat flat = None
+    for p in params:
+        found = PyDict_GetItemWithError(members, id(p))
+        if found == NULL:
+            continue
+        if (<tuple>found)[0] is not flat:
+            flat = (<tuple>found)[0]
+            places = flats_of.setdefault(flat, [])
+        places.append((<tuple>found)[1])
+    return flats_of
 
 
 def member_of(param):

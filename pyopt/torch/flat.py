@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from pyopt.torch._tensors import Flat, TensorWorkspace, flat_parameters, fold_by, is_ordinary, member_of, unrecorded
+from pyopt.torch._tensors import (
+    Flat,
+    TensorWorkspace,
+    flat_parameters,
+    fold_by,
+    is_ordinary,
+    member_of,
+    members_of,
+    unrecorded,
+)
 
 Entry = dict[str, Any]
 
@@ -307,7 +316,25 @@ def _are_alike(flat: Flat, entries: list[Any]) -> bool:
                     return False
             elif entry[name].shape != like.shape or entry[name].dtype != like.dtype:
                 return False
-    return True
+    return not _are_aliased([value for entry in entries for value in entry.values()])
+
+
+def _are_aliased(tensors: list[torch.Tensor]) -> bool:
+    """Whether somebody else has a view of one of these tensors, or an array of its memory."""
+    bases = {id(base): base for base in (each._base for each in tensors) if base is not None}
+    holders: dict[int, int] = {}
+    for each in (*tensors, *bases.values()):
+        place = each.untyped_storage()._cdata
+        holders[place] = holders.get(place, 0) + 1
+    return any(_uses(each) > holders[each.untyped_storage()._cdata] for each in tensors)
+
+
+def _uses(tensor: torch.Tensor) -> int:
+    """How many tensors have its memory; 0 where torch does not say."""
+    if not hasattr(torch._C, "_storage_Use_Count"):
+        return 0
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # for `storage`
 
 
 def _joined(flat: Flat, entries: list[Entry]) -> Entry:
@@ -350,10 +377,14 @@ fold_by(fold, FlatState)
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def zero_flattened(groups: list[dict[str, Any]]) -> None:
-    """Give flattened parameters of these groups their gradients' places back, filled with zeros."""
-    wanted: dict[Flat, set[int]] = {}
-    for flat, i in filter(None, [member_of(p) for group in groups for p in group["params"]]):
-        wanted.setdefault(flat, set()).add(i)
-    for flat, places in wanted.items():
+def zero_flattened(groups: list[dict[str, Any]], zero_others: Callable[[], Any]) -> None:
+    """Give flattened parameters of these groups their gradients' places back, filled with zeros.
+
+    zero_others is called before, where there are other parameters; it may take the gradients of all away.
+    """
+    params = [p for group in groups for p in group["params"]]
+    found = [(flat, flat.in_place(numbers)) for flat, numbers in members_of(params).items()]
+    if sum(len(places) for _, places in found) < len(params):
+        zero_others()
+    for flat, places in found:
         flat.zero(places)

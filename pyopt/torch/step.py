@@ -214,8 +214,7 @@ class KernelStepMixin:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the gradients of flattened parameters are filled with zeros."""
-        super().zero_grad(set_to_none)  # type: ignore[misc]
-        zero_flattened(self.param_groups)
+        zero_flattened(self.param_groups, functools.partial(super().zero_grad, set_to_none))  # type: ignore[misc]
 
     def _step_observed(self, grads: list[Any] | None, factor: float) -> None:
         groups = enumerate(self.param_groups)
