@@ -29,8 +29,8 @@
  * In threads of the caller's own, instead of `step`: `prepare` once; `sum` over all chunks and then `combine` where
  * has_sums(plan); `run` over all chunks. Ranges of chunks may be run in any order, on any threads, without a barrier
  * inside; what must lie between the three is that all chunks are done. Before the first `prepare` they do nothing, and
- * ranges are cut to the chunks that there are. The result is the same, bit for bit, for every
- * division into ranges and every number of threads: that of the optimizer in Python.
+ * ranges are cut to the chunks that there are. The result is the same, bit for bit, for every division into ranges and
+ * every number of threads: that of the optimizer in Python.
  *
  * Versions: the capsule's name holds the major one. Within it functions and fields are only ever appended; a struct
  * begins with its size, as the caller knows it.
