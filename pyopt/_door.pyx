@@ -83,6 +83,9 @@ cdef Kernel kernels[RULES][2]  # the second for options that need sums
 
 # --- the query --------------------------------------------------------------------------------------------------------
 
+cdef Kernel idle  # all NULL: what runs before the first `prepare`
+
+
 cdef bint is_rule(int rule) noexcept nogil:
     return 0 <= rule < RULES
 
@@ -161,6 +164,7 @@ cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **pla
     cdef Plan *made
     cdef Py_ssize_t n_slots = 0, k
     cdef int status
+    size = 0 if message == NULL else size
     if plan == NULL or (rows == NULL and count > 0):
         snprintf(message, size, "rows or plan is NULL, must be an address")
         return PYOPT_INVALID
@@ -185,6 +189,8 @@ cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **pla
             or made.prepared == NULL):
         status = no_memory(message, size)
     else:
+        for k in range(n_slots):
+            made.numbers[k].kernel = &idle
         status = fill_plan(made, rows, message, size)
         if status == PYOPT_OK and not flags & PYOPT_UNCHECKED:
             status = check_overlaps(made, message, size)
@@ -503,7 +509,11 @@ cdef int prepare(pyopt_plan *handle, const pyopt_slot *slots, size_t count, char
     cdef Py_ssize_t i, k, first_joint = -1
     cdef bint has_sums = False
     cdef int status, rule
-    if <Py_ssize_t>count < plan.n_slots or (slots == NULL and count > 0):
+    size = 0 if message == NULL else size
+    if plan == NULL or (slots == NULL and count > 0):
+        snprintf(message, size, "%s is NULL, must be an address", <const char *>("plan" if plan == NULL else "slots"))
+        return PYOPT_INVALID
+    if <Py_ssize_t>count < plan.n_slots:
         snprintf(message, size, "count == %zu slots, must be %zd: the rows have slots up to %zd", count, plan.n_slots,
                  plan.n_slots - 1)
         return PYOPT_INVALID
@@ -649,7 +659,7 @@ cdef int step(pyopt_plan *handle, const pyopt_slot *slots, size_t count, int thr
     cdef Pass a
     cdef int status
     if threads < 1:
-        snprintf(message, size, "threads == %d, must be >= 1", threads)
+        snprintf(message, 0 if message == NULL else size, "threads == %d, must be >= 1", threads)
         return PYOPT_INVALID
     status = prepare(handle, slots, count, message, size)
     if status != PYOPT_OK:

@@ -77,7 +77,7 @@ cdef enum:  # which streams those are
 cdef struct Kernel:  # what runs for a rule
     const Codec *codecs
     Direct direct[DIRECTS]  # NULL for none
-    Span32 span32
+    Span32 span32  # NULL where no rule runs
     Span64 span64
     Reduce32 reduce32  # NULL in a rule without sums, as are the next two
     Reduce64 reduce64

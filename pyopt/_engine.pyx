@@ -120,6 +120,8 @@ cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, cons
     cdef double *d[2 + STATES]
     cdef bint by_row = k.finish_row32 != NULL  # its state has no elements to go with these
     cdef int j
+    if sums == NULL and k.span32 == NULL:
+        return
     if w.stored != NULL:
         run_stored(w, begin, n, numbers, sums)
     elif w.is_double:
@@ -189,7 +191,8 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
     cdef Work part
     cdef Py_ssize_t m
     cdef int j
-    cdef bint moves_state = k.finish == NULL or k.moves_state == (sums != NULL)
+    cdef bint is_norm = sums != NULL and k.finish == NULL  # it looks at the gradient alone
+    cdef bint moves_state = not is_norm and (k.finish == NULL or k.moves_state == (sums != NULL))
     cdef Direct direct = direct_span(w, k) if sums == NULL else NULL
     if direct != NULL:
         run_direct(direct, w, begin, n, numbers)
@@ -199,7 +202,7 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
         m = n if sums != NULL else min(<Py_ssize_t>STAGE, n)
         for j in range(2 + STATES):
             c = &k.codecs[stored.codec[j]]
-            if w.stream[j] == NULL:
+            if w.stream[j] == NULL or is_norm and j != 1:
                 part.stream[j] = NULL
             elif c.load == NULL:
                 part.stream[j] = <char *>w.stream[j] + begin * c.size

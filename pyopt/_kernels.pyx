@@ -549,11 +549,6 @@ cdef void exchange_span(floating *restrict p, const floating *restrict g, floati
         q[i] = x
 
 
-cdef void nothing_span(floating *restrict _0, const floating *restrict _1, floating *restrict _2, floating *restrict _3,
-                       floating *restrict _4, floating *restrict _5, Py_ssize_t n, const void *_6) noexcept nogil:
-    pass
-
-
 cdef int pack_nothing(dict scalars, void *out) except -1:
     return 0
 
@@ -615,7 +610,7 @@ cdef int pack_norm(dict scalars, rules.Norm *numbers) except -1:
 
 exchange = Rule.make("exchange", (), spans(exchange_span[float], exchange_span[double]), pack_nothing)
 (<Rule>exchange).kernel.writes_both = True
-nothing = Rule.make("nothing", (), spans(nothing_span[float], nothing_span[double]), pack_nothing)
+nothing = Rule.make("nothing", (), spans(NULL, NULL), pack_nothing)
 norm = Rule.make("norm", (), with_sums(
     (<Rule>nothing).kernel, <Reduce32>norm_sums[float], <Reduce64>norm_sums[double], NULL, False, False),
     <Pack>pack_norm)

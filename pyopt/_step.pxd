@@ -56,7 +56,8 @@ cdef struct Row:  # one parameter
     Py_ssize_t slot  # of its scalars and its new counts
     Py_ssize_t work  # its place in the work, -1 where the sweep has nothing to do for it
     Range read  # where its gradient lies
-    bint is_flat  # it stands for many parameters, whose gradients stay where they are
+    Py_ssize_t place  # of its parameter among all
+    Py_ssize_t n_flat  # how many parameters it stands for, whose gradients stay where they are; 0 for itself alone
     bint beside  # no rule steps it, only what rides along
     bint keeps_gradient  # it cannot be filled with zeros in place, or shares memory with other things
     Range filled  # where its gradient lies that will be

@@ -309,7 +309,7 @@ cdef class Workspace(Lock):
         if plan.chance and is_short(p):
             stored = self.stored_of(work)
             stored.codec[0] = CHANCE_BFLOAT16 if is_bfloat16 else CHANCE_FLOAT16
-            stored.key = key_of_block((<tuple>self.roundings[row.group])[2], index)
+            stored.key = key_of_block((<tuple>self.roundings[row.group])[2], row.place)
         if row.aside[0] != NULL:
             stored = self.stored_of(work)
             stored.codec[0] = (SPLIT if plan.storage["master"] == "split" else
@@ -406,7 +406,7 @@ cdef class Workspace(Lock):
             row = &self.rows[k]
             if row.grad == NULL or row.work >= 0 and self.work[row.work].clears and not self.skips:
                 continue
-            if (self.clearing == FILL or row.is_flat) and not row.keeps_gradient:
+            if (self.clearing == FILL or row.n_flat) and not row.keeps_gradient:
                 self.fills.append(self.gradients[k])
             else:
                 self.drops.append(<object>row.param)
@@ -428,7 +428,7 @@ cdef class Workspace(Lock):
 
     cdef int collect(self, optimizer, list grads) except -1:
         """Take all that the step will use: Python code may run here, nothing has been looked at yet."""
-        cdef Py_ssize_t g, i, n, k = 0, step, last_step
+        cdef Py_ssize_t g, i, n, k = 0, place = 0, step, last_step
         cdef list params
         cdef Plan plan
         cdef Row *row
@@ -479,6 +479,8 @@ cdef class Workspace(Lock):
                 self.n_rows = k + 1
                 hold(&row.param, params[i])
                 self.take(row, k)
+                row.place = place
+                place += max(row.n_flat, 1)
                 grad = None if self.exchanging else params[i].grad if grads is None else grads[k]
                 if self.clearing != KEEP:
                     self.gradients.append(grad)
@@ -681,7 +683,7 @@ cdef class Workspace(Lock):
             w.start = cost
             w.slot = row.slot
             if not w.is_double and self.slot_errors[row.slot] is not None:
-                raise ValueError(f"{label(k, <object>row.param)} is float32: {self.slot_errors[row.slot]}")
+                raise ValueError(f"{label(row.place, <object>row.param)} is float32: {self.slot_errors[row.slot]}")
             cost += cost_of(w) + ROW_COST
             self.n_work += 1
         if self.again:

@@ -202,8 +202,8 @@ class Sharded:
     Args:
         optimizer_class: of pyopt or your own, with one step per gradient: not LBFGS, and not Prodigy, whose step
             needs sums over all parameters.
-        params: as for an optimizer, the same on all ranks in shape, dtype, order and names. All ranks begin with the
-            values of rank 0.
+        params: as for an optimizer, but float32 and float64 alone; the same on all ranks in shape, dtype, order and
+            names. All ranks begin with the values of rank 0.
         comm: the mpi4py communicator of the ranks. It is used by this optimizer alone: a duplicate is made.
         **options: of optimizer_class.
 
@@ -245,6 +245,7 @@ class Sharded:
                     "cannot be shared out"
                 )
             self.optimizer = optimizer_class(params, **options)
+            self._check_types()
             ranks.says("parameters and options", (optimizer_class.__qualname__, self._description()))
         self._lay_out()
         self._broadcast(self._params())
@@ -256,12 +257,25 @@ class Sharded:
         known = len(self._params())
         with together(self.comm) as ranks:
             self.optimizer.add_param_group(param_group)
+            try:
+                self._check_types()
+            except TypeError:
+                self.optimizer.param_groups.pop()
+                raise
             ranks.says("parameters and options", self._description())
         self._lay_out()
         self._broadcast(self._params()[known:])
 
     def _params(self) -> list[Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _check_types(self) -> None:
+        for i, p in enumerate(self._params()):
+            if p.data.dtype not in _TYPES:
+                raise TypeError(
+                    f"{label(i, p)} has dtype {p.data.dtype}, must be float32 or float64: short types are "
+                    "not exchanged between ranks"
+                )
 
     def _description(self) -> Any:
         """What must be the same on all ranks: the groups, and the arrays in them."""
@@ -408,6 +422,7 @@ class Sharded:
         for i, p in enumerate(params):
             check_data(label(i, p), p.data)
         if self._looks != [(p.data.dtype, p.data.shape, p.data.strides) for p in params]:
+            self._check_types()
             self._lay_out()
         for buffer in self._buffers:
             for i, place in buffer.places.items():

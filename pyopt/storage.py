@@ -73,8 +73,8 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def state_dtype_of(value: Any) -> str | None:
     """A dtype by its name, whichever way it was given."""
-    if value is None or value in STATE_DTYPES:
-        return value  # type: ignore[no-any-return]
+    if value is None or (isinstance(value, str) and value in STATE_DTYPES):
+        return value
     name = str(value).removeprefix("torch.")
     if name not in STATE_DTYPES:
         try:

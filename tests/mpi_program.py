@@ -206,6 +206,10 @@ def errors() -> str:
     fails(bad_kind, there, lambda: average_gradients(COMM, [[1] if last == RANK else np.ones(1)]))
     for cls in (pyopt.Prodigy, pyopt.LBFGS):
         fails(TypeError, "cannot be shared out", lambda cls=cls: Sharded(cls, model(), COMM))
+    fails(TypeError, "has dtype float16, must be float32", lambda: Sharded(pyopt.Adam, [np.ones(2, np.float16)], COMM))
+    short = {"params": {"x": np.ones(2, np.float16)}}
+    fails(TypeError, "parameter 'x' has dtype float16", lambda: sharded.add_param_group(short))
+    assert len(sharded.optimizer.param_groups) == 1
     pyopt.averaging.EMA(sharded.optimizer)
     fails(ValueError, "has averages", lambda: sharded.step(grads=bad()))
     sharded.optimizer._averages[0].detach()

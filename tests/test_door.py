@@ -335,6 +335,29 @@ def test_short_and_missing_messages(door: Door) -> None:
     assert plan.functions.step(plan.handle, plan.slots, 1, 0, None, 0) == -1
 
 
+def test_nulls(door: Door) -> None:
+    plan = plan_with(door, lambda rows: None)
+    functions, message = plan.functions, plan.message
+    for call in (functions.prepare, lambda *given: functions.step(*given[:3], 1, *given[3:])):
+        assert call(None, plan.slots, 1, message, 300) == -1 and message.value == b"plan is NULL, must be an address"
+        assert call(plan.handle, None, 1, message, 300) == -1 and message.value == b"slots is NULL, must be an address"
+        assert call(plan.handle, None, 1, None, 300) == -1
+    assert functions.step(plan.handle, plan.slots, 1, 0, None, 300) == -1
+    assert functions.create(None, 1, 0, ctypes.byref(plan.handle), None, 300) == -1
+
+
+@pytest.mark.parametrize("name", ["Adam", "LAMB"])
+def test_what_runs_before_it_is_prepared_does_nothing(door: Door, name: str) -> None:
+    params, grads = [np.ones(5)], [np.ones(5)]
+    plan = Plan(door, name, params, grads, [{}])
+    plan.functions.sum(plan.handle, 0, 1)
+    plan.functions.combine(plan.handle, plan.slots)
+    plan.functions.run(plan.handle, 0, 1)
+    assert params[0].tolist() == [1] * 5
+    plan.step()
+    assert params[0].tolist() != [1] * 5
+
+
 def test_one_d_of_prodigy(door: Door) -> None:
     arrays = [np.ones(10) for _ in range(4)]
     plan = Plan(door, "Prodigy", arrays[:2], arrays[2:], [{}, {"d_coef": 2.0}], slots=[0, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -209,6 +211,80 @@ def test_small_and_other_tensors_have_float32() -> None:
     for cls in (pyopt.RMSprop, pyopt.LAMB):
         with pytest.raises(ValueError, match="state_dtype == '8bit', which"):
             cls([np.ones(3, np.float32)], state_dtype="8bit")
+
+
+@pytest.mark.parametrize("how", [{"max_norm": 1e9}, {"nonfinite": "skip"}])
+def test_a_norm_leaves_codes_as_they_are(how: dict[str, Any]) -> None:
+    """The map has no -1: codes that are read and stored again are of other numbers."""
+    found = []
+    for asked in ({}, how):
+        w = np.zeros(4096, np.float32)
+        optimizer = pyopt.Adam([w], lr=0.01, state_dtype="8bit")
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            optimizer.step(grads=[rng.standard_normal(4096).astype(np.float32)], **asked)
+        if asked:
+            with pytest.raises(ValueError, match="NaN or inf"):
+                optimizer.step(grads=[np.full(4096, np.nan, np.float32)], nonfinite="raise")
+            optimizer.step(grads=[np.full(4096, np.nan, np.float32)], nonfinite="skip")
+        found.append([w, *optimizer.state_dict()["state"][0].values()])
+    for a, b in zip(*found, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_what_has_no_gradient_stays_to_the_bit() -> None:
+    """An average that rides along reads the parameter with what is kept beside it, and changes neither."""
+    p = pyopt.Parameter(np.full(3, 1 + 2**-7, BFLOAT16), grad=np.zeros(3, BFLOAT16))
+    optimizer = pyopt.SGD([p], lr=0.1, master="kahan")
+    average = pyopt.averaging.EMA(optimizer, decay=0.5)
+    optimizer.step()
+    optimizer.state[p]["compensation"][:] = [2**-8, 1.25 * 2**-30, -(2**-8)]
+    before = p.data.copy(), optimizer.state[p]["compensation"].copy()
+    p.grad = None
+    optimizer.step()
+    assert_same_bits(p.data, before[0], "data")
+    assert_same_bits(optimizer.state[p]["compensation"], before[1], "compensation")
+    assert average.steps == 2
+
+
+@pytest.mark.parametrize("given", [np.dtype(np.float16), np.float16, BFLOAT16, "float32", "8bit"])
+def test_files(tmp_path: Any, given: Any) -> None:
+    """Arrays come back in their types, and the type of the state may be given in any way."""
+    params = [np.ones(4096, dtype) for dtype in (BFLOAT16, FLOAT16, FLOAT32)]
+    optimizer = pyopt.Adam(params, lr=0.01, state_dtype=given, master="kahan")
+    assert type(optimizer.param_groups[0]["state_dtype"]) is str
+    optimizer.step(grads=[np.ones_like(p) for p in params])
+    pyopt.save(tmp_path / "run", optimizer)
+    expected = [p.copy() for p in params], optimizer.state_dict()
+    others = [np.zeros_like(p) for p in params]
+    for into, arrays in ((optimizer, params), (pyopt.Adam(others), others)):
+        for array in arrays:
+            array[...] = 0
+        pyopt.load(tmp_path / "run", into)
+        for got, p in zip(arrays, expected[0], strict=True):
+            assert_same_bits(got, p, "parameter")
+        for i, entry in expected[1]["state"].items():
+            for name, value in entry.items():
+                got = into.state_dict()["state"][i][name]
+                if isinstance(value, np.ndarray):
+                    assert got.dtype == value.dtype
+                    assert_same_bits(got, value, name)
+        into.step(grads=[np.ones_like(p) for p in params])
+    for got, p in zip(others, params, strict=True):
+        assert_same_bits(got, p, "after another step")
+
+
+def test_the_first_bfloat16_of_a_process_is_that_of_the_state() -> None:
+    program = """
+import sys
+import numpy as np
+import pyopt
+w = np.ones(3, np.float32)
+pyopt.Adam([w], lr=0.5, state_dtype="bfloat16").step(grads=[np.ones(3, np.float32)])
+print(w.tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "[0.5, 0.5, 0.5]", result.stderr
 
 
 def test_nan_in_codes() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,10 @@ import pytest
 from pyopt.averaging import EMA
 from test_torch_interruption import ByCall, every_point, interrupted
 from torch_or_skip import bits, new, optim, torch
+
+from torch.utils.flop_counter import FlopCounterMode  # isort: skip
+
+from pyopt.torch._tensors import member_of  # isort: skip
 
 SHAPES = [(64,), (3, 5), (), (1,), (7, 1, 2), (0, 3), (33,)]
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -209,6 +215,14 @@ def state_kept_and_changed(o: Any, params: list[Any]) -> None:
     o.kept.mul_(2)
 
 
+def array_of_state_kept(o: Any, params: list[Any]) -> None:
+    o.kept = o.state[params[1]]["exp_avg"].numpy()
+
+
+def view_of_state_kept(o: Any, params: list[Any]) -> None:
+    o.kept = o.state[params[1]]["exp_avg"].view(-1)
+
+
 def state_replaced(o: Any, params: list[Any]) -> None:
     o.state[params[1]]["exp_avg"] = torch.ones_like(params[1])
 
@@ -253,6 +267,7 @@ def other_lr(o: Any, params: list[Any]) -> None:
 
 DISTURBANCES = [
     *(replaced_gradient, no_gradient, moved, negated, negated_gradient, transposed, reordered, split, added),
+    *(array_of_state_kept, view_of_state_kept),
     *(state_kept, state_dict_kept, state_kept_and_changed, state_replaced, state_dropped, own_entry, loaded),
     *(unflattened, flattened_again, averaged, zeroed, other_lr),
 ]
@@ -360,6 +375,22 @@ def test_copies_have_state_by_parameter(copied: Callable[[Any], Any]) -> None:
     pair.check()
 
 
+@pytest.mark.parametrize("keep", [array_of_state_kept, view_of_state_kept, state_kept])
+def test_what_is_kept_of_the_state_follows_the_steps(keep: Callable[..., None]) -> None:
+    pair = Pair("Adam", {"lr": 0.1})
+    pair.step(2)
+    optimizer, params = pair.optimizers[0], pair.params(0)
+    keep(optimizer, params)
+    kept = optimizer.kept["exp_avg"] if keep is state_kept else optimizer.kept
+    before = kept.tolist()
+    pair.step(2)
+    assert kept.tolist() != before
+    del kept, optimizer.kept
+    pair.step(2)
+    assert blocks(optimizer) == 1
+    pair.check()
+
+
 def test_looks_like_state_by_parameter() -> None:
     pair = Pair("Adam", {"lr": 0.1})
     pair.step()
@@ -374,8 +405,6 @@ def test_looks_like_state_by_parameter() -> None:
 
 
 def test_memory_goes_with_the_parameters() -> None:
-    from pyopt.torch._tensors import member_of
-
     params = parameters(torch.float32)
     optim.flatten(params)
     place = member_of(params[0])
@@ -417,3 +446,113 @@ def test_parameters_that_share_memory_stay() -> None:
     with pytest.raises(ValueError, match="share memory"):
         optim.flatten(params)
     assert params[0].data_ptr() == memory.data_ptr()
+
+
+def test_zero_grad_leaves_the_gradients_of_another_optimizer() -> None:
+    params = [torch.nn.Parameter(new(3, seed=i)) for i in range(4)]
+    optim.flatten(params)
+    first, second = optim.SGD(params[:2], lr=0.1), optim.SGD(params[2:], lr=0.1)
+    fill(params, 1)
+    expected = [p.grad.clone() for p in params[2:]]
+    first.zero_grad()
+    assert not any(p.grad.any() for p in params[:2])
+    assert all(torch.equal(p.grad, g) for p, g in zip(params[2:], expected, strict=True))
+    second.zero_grad()
+    assert not any(p.grad.any() for p in params)
+
+
+def test_frozen_parameters_stay() -> None:
+    params = [torch.nn.Parameter(new(3, seed=i)) for i in range(4)]
+    params[1].requires_grad_(False)
+    memory = params[1].data_ptr()
+    optim.flatten(params)
+    assert params[1].grad is None and params[1].data_ptr() == memory
+    optimizer = optim.AdamW(params, lr=0.1, weight_decay=0.1)
+    fill([params[0], *params[2:]], 1)
+    optimizer.step()
+    params[2].requires_grad_(False)  # in the middle of a run
+    optimizer.zero_grad()
+    assert [p.grad is None for p in params] == [False, True, True, False]
+    frozen = [params[1].clone(), params[2].clone()]
+    optimizer.step()
+    assert torch.equal(params[1], frozen[0]) and torch.equal(params[2], frozen[1])
+    params[2].requires_grad_(True)
+    optimizer.zero_grad()
+    assert not params[2].grad.any()
+
+
+@pytest.mark.parametrize("how", ["double", "bfloat16"])
+def test_a_model_of_another_type_is_zeroed_and_stepped(how: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    optim.flatten(model.parameters())
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    fill(list(model.parameters()), 1)
+    getattr(model, how)()  # p.data and p.grad.data are replaced under the same objects
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    model(torch.ones(1, 3, dtype=model[0].weight.dtype)).sum().backward()
+    optimizer.step()
+    assert model[1].bias.grad.tolist() == [1, 1]
+
+
+def test_parameters_that_must_be_left_to_torch_go_one_by_one() -> None:
+    pair = Pair("Adam", {"lr": 0.1})
+    for i, optimizer in enumerate(pair.optimizers):
+        shares = torch.nn.Parameter(pair.params(i)[0].data)
+        optimizer.add_param_group({"params": [shares]})
+    pair.step(3)
+    pair.check()
+
+
+def test_a_step_that_a_dispatch_mode_follows() -> None:
+    pair = Pair("Adam", {"lr": 0.1})
+    pair.step(2)
+    with FlopCounterMode(display=False):
+        pair.step()
+    pair.step(2)
+    pair.check()
+
+
+def test_chance_follows_from_the_place_among_the_parameters() -> None:
+    pair = Pair("Adam", {"lr": 0.1})
+    for optimizer in pair.optimizers:
+        short = torch.nn.Parameter(new(64).bfloat16())
+        optimizer.add_param_group({"params": [short], "rounding": "stochastic"})
+    pair.step(3)
+    assert blocks(pair.optimizers[0]) == 1
+    pair.check()
+
+
+def test_each_parameter_has_a_storage_of_its_own() -> None:
+    """accelerate and others take parameters of one storage for tied ones, and save but one of them."""
+    params = parameters(torch.float32)
+    optim.flatten(params)
+    storages = [p.untyped_storage() for p in params]
+    assert [s.nbytes() for s in storages] == [4 * p.numel() for p in params]
+    assert len({s.data_ptr() for s in storages if s.nbytes()}) == len([p for p in params if p.numel()])
+
+
+def test_flattened_in_any_mode() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    with torch.inference_mode(), torch.device("meta"):
+        optim.flatten(params)
+    assert not params[0].is_inference() and not params[0].grad.is_inference() and params[0].grad.tolist() == [0, 0, 0]
+    with torch.inference_mode():
+        optim.unflatten(params)
+    assert not params[0].is_inference() and not params[0].grad.is_inference()
+
+
+def test_blocks_that_are_left_go_at_once() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    gc.disable()
+    try:
+        optim.flatten(params)
+        block = weakref.ref(member_of(params[0])[0].block)
+        optim.flatten(params)
+        assert block() is None
+        block = weakref.ref(member_of(params[0])[0].block)
+        optim.unflatten(params)
+        assert block() is None
+        torch.utils.swap_tensors(*params)  # raises where there are weak references
+    finally:
+        gc.enable()

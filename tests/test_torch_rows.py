@@ -402,3 +402,14 @@ def test_bias_of_no_axis() -> None:
     optim.SGD([p], lr=1.0).step()
     assert p.tolist() == [0, -3, 0, -4]
     assert np.isfinite(p.detach().numpy()).all()
+
+
+def test_a_file_keeps_the_count_of_sparse_adam_an_int(tmp_path: Any) -> None:
+    """torch's step computes with it: a float32 tensor in its place would cost its precision."""
+    p = torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.float64))
+    optimizer = optim.SparseAdam([p])
+    p.grad = torch.sparse_coo_tensor([[1]], [[1.0, 2.0, 3.0]], (4, 3), dtype=torch.float64)
+    optimizer.step()
+    pyopt.save(tmp_path / "run", optimizer)
+    pyopt.load(tmp_path / "run", optimizer)
+    assert type(optimizer.state[p]["step"]) is int and optimizer.state[p]["step"] == 1

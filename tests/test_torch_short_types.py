@@ -94,6 +94,64 @@ def test_a_checkpoint_keeps_types_and_bits(name: str, dtype: Any, stored: dict[s
             assert value.dtype == again.state[q][key].dtype and torch.equal(value, again.state[q][key]), key
 
 
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "Prodigy", "SGDScheduleFree"])
+def test_numbers_of_the_whole_tensor_keep_their_type(name: str) -> None:
+    """torch casts all of the state but "step" to the parameter's type, which rounds NAdam's mu_product."""
+    trained = []
+    for resumed in (False, True):
+        p = torch.nn.Parameter(random(33, torch.bfloat16, 0))
+        optimizer = getattr(optim, name)([p])
+        for i in range(6):
+            if i == 3 and resumed:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = getattr(optim, name)([p])
+                optimizer.load_state_dict(saved)
+            p.grad = random(33, torch.bfloat16, i)
+            optimizer.step()
+        trained.append((p, optimizer.state[p]))
+    assert torch.equal(trained[0][0], trained[1][0])
+    for key, value in trained[0][1].items():
+        assert (
+            value == trained[1][1][key]
+            if not isinstance(value, torch.Tensor)
+            else (value.dtype == trained[1][1][key].dtype and torch.equal(value, trained[1][1][key]))
+        ), key
+
+
+@each_short
+def test_checkpoints_between_tensors_and_arrays(dtype: Any) -> None:
+    p = torch.nn.Parameter(random(33, dtype, 0))
+    optimizer = optim.Adam([p], lr=0.1, master="kahan")
+    p.grad = random(33, dtype, 1)
+    optimizer.step()
+    array = as_array(p).copy()
+    there = pyopt.Adam([array])
+    there.load_state_dict(optim.from_torch(optimizer.state_dict()))
+    back = optim.Adam([torch.nn.Parameter(p.detach().clone())])
+    back.load_state_dict(optim.to_torch(there.state_dict()))
+    there.step(grads=[as_array(random(33, dtype, 2))])
+    for each in (optimizer, back):
+        q = each.param_groups[0]["params"][0]
+        q.grad = random(33, dtype, 2)
+        each.step()
+        assert as_array(q).tobytes() == array.tobytes()
+
+
+def test_codes_stay_codes_where_the_option_is_gone() -> None:
+    p = torch.nn.Parameter(random(4096, torch.bfloat16, 0))
+    optimizer = optim.Adam([p], state_dtype="8bit")
+    p.grad = random(4096, torch.bfloat16, 1)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["state_dtype"]
+    other = optim.Adam([torch.nn.Parameter(p.detach().clone())])
+    other.load_state_dict(saved)
+    entry = next(iter(other.state.values()))
+    assert {name: value.dtype for name, value in entry.items()} == {
+        name: value.dtype for name, value in optimizer.state[p].items()
+    }
+
+
 def test_a_checkpoint_of_torch_and_the_own_options() -> None:
     """A group of a checkpoint without the options leaves them; without any, types are torch's."""
     theirs = torch.optim.Adam([torch.nn.Parameter(torch.ones(5))])

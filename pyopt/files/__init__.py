@@ -207,7 +207,7 @@ def _commit(
     def mapped(name: str, is_tensor: bool) -> Array:
         if name not in arrays:
             raise ValueError(f"has no array {name!r}")
-        return arrays[name]
+        return side.typed(name, arrays[name])
 
     if parts["optimizer"] != side.kind:
         raise ValueError(f"is of the optimizer {parts['optimizer']}, optimizer is a {side.kind}")

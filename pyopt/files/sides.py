@@ -156,15 +156,13 @@ class Side:
         for hook in self.optimizer._load_state_dict_post_hooks.values():
             hook(self.optimizer)
 
+    def typed(self, name: str, array: Array) -> Array:
+        """An array of the file in the type that the optimizer's arrays have."""
+        return with_ml_dtypes(name, array)
+
     def own(self, name: str, array: Array, is_tensor: bool) -> Any:
         """A copy for the user."""
-        if array.dtype != BFLOAT16:
-            return np.array(array)
-        try:
-            import ml_dtypes
-        except ImportError:
-            raise TypeError(f"{name!r} is bfloat16, which NumPy has not: pip install ml_dtypes") from None
-        return np.array(array).view(ml_dtypes.bfloat16)
+        return with_ml_dtypes(name, np.array(array))
 
     def borrowed(self, array: Array) -> Any:
         """An array in the mapped file, for something that copies it."""
@@ -176,6 +174,17 @@ class Side:
     def _labels(self) -> list[str]:
         names = [name for group in self.optimizer.param_groups for name in group.get("param_names", ())]
         return [f"parameter {n!r}" for n in names] or [label(i, p) for i, p in enumerate(self._params())]
+
+
+def with_ml_dtypes(name: str, array: Array) -> Array:
+    """An array of the file with bfloat16 as the type of ml_dtypes."""
+    if array.dtype != BFLOAT16:
+        return array
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise TypeError(f"{name!r} is bfloat16, which NumPy has not: pip install ml_dtypes") from None
+    return array.view(ml_dtypes.bfloat16)
 
 
 def side_of(optimizer: Any) -> Side:

@@ -22,14 +22,15 @@
  *     pyopt->destroy(plan);
  *
  * All buffers are the caller's; states begin with what the query says, mostly zeros. A function that can fail returns
- * PYOPT_OK or a status below 0, and writes what is wrong to `message`, cut to `size` bytes with its final 0; nothing has
- * changed then. No function aborts, throws, prints or touches Python: with or without the GIL, from any thread. A plan is
- * used by one thread at a time, but for `run` and `sum`.
+ * PYOPT_OK or a status below 0, and writes what is wrong to `message` (NULL for none), cut to `size` bytes with its final
+ * 0; nothing has changed then. No function aborts, throws, prints or touches Python: with or without the GIL, from any
+ * thread. A plan is used by one thread at a time, but for `run` and `sum`.
  *
  * In threads of the caller's own, instead of `step`: `prepare` once; `sum` over all chunks and then `combine` where
  * has_sums(plan); `run` over all chunks. Ranges of chunks may be run in any order, on any threads, without a barrier
- * inside; what must lie between the three is that all chunks are done. The result is the same, bit for bit, for every
- * division into ranges and every number of threads: that of the optimizer in Python.
+ * inside; what must lie between the three is that all chunks are done. Before the first `prepare` they do nothing, and
+ * ranges are cut to the chunks that there are. The result is the same, bit for bit, for every division into ranges and
+ * every number of threads: that of the optimizer in Python.
  *
  * Versions: the capsule's name holds the major one. Within it functions and fields are only ever appended; a struct
  * begins with its size, as the caller knows it.

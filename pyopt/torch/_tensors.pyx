@@ -286,6 +286,10 @@ cdef bint needs_whole(Rule rule) noexcept:
     return rule.kernel.finish != NULL or rule.kernel.finish_row32 != NULL
 
 
+class BlockLeft(RuntimeError):
+    """Of parameters that are stepped as one, some must be left to torch."""
+
+
 cdef class TensorWorkspace(Workspace):
     """The steps of one torch optimizer."""
     # Of this step: per row that is left [why, its memory, whether torch has done what there is to do].
@@ -295,6 +299,7 @@ cdef class TensorWorkspace(Workspace):
     # The tensors that are written. A list as long, made anew, has malloc tidy up all gradients freed since.
     cdef list touched
     cdef list layouts  # shapes and strides behind the views that do not come from the exchange API
+    cdef bint apart  # flattened parameters are not stepped as one
     cdef object folding  # how parameters that lie in one block are stepped as one; None in a step without
 
     def __cinit__(self):
@@ -341,8 +346,19 @@ cdef class TensorWorkspace(Workspace):
             return "its negative bit is set"
         return "it is an inference tensor" if param.is_inference() else None
 
+    def step_apart(self, *args):
+        """`step` of flattened parameters one by one."""
+        with self:
+            self.apart = True
+            try:
+                self.step(*args)
+            finally:
+                self.apart = False
+
     cdef int leave(self, Row *row, Py_ssize_t index, reason) except -1:
         """Leave a row to torch: note what torch will write and read."""
+        if row.n_flat:
+            raise BlockLeft(f"a block of flattened parameters cannot be stepped as one: {reason}")
         cdef PyObject *entry = row.entry if row.entry != NULL else self.find_entry(<object>row.param)
         param = <object>row.param
         memory = []
@@ -373,7 +389,7 @@ cdef class TensorWorkspace(Workspace):
         self.folding = None
         if (flats or type(optimizer.state) is flat_state) and not self.dry:
             plain = grads is None and not self.bare and not optimizer._averages and self.nonfinite != RAISE
-            self.folding = fold(self, optimizer, plain)
+            self.folding = fold(self, optimizer, plain and not self.apart)
         return Workspace.collect(self, optimizer, grads)
 
     def is_walking(self):
@@ -400,7 +416,9 @@ cdef class TensorWorkspace(Workspace):
 
     cdef int take(self, Row *row, Py_ssize_t index) except -1:
         hold(&row.data, <object>row.param)
-        row.is_flat = self.folding is not None and self.folding.flat_of(<object>row.param) is not None
+        flat = None if self.folding is None else self.folding.flat_of(<object>row.param)
+        if flat is not None:
+            row.n_flat = (<Flat>flat).count
         return 0
 
     cdef int read_view(self, PyObject *tensor, View *v) except -1:
@@ -756,7 +774,7 @@ cdef class TensorWorkspace(Workspace):
             if w.touched != NULL:
                 found.append(power_sums(w, 1, power, scale)[0])
                 continue
-            if self.rows[k].is_flat:
+            if self.rows[k].n_flat:
                 flat = self.folding.flat_of(<object>self.rows[k].param)
                 for i in range(flat.count):
                     batch.add(<char *>w.stream[1] + flat.starts[i] * flat.itemsize, flat.starts[i + 1] - flat.starts[i],
@@ -906,7 +924,7 @@ cdef class TensorWorkspace(Workspace):
             for j in range(STATES):
                 if row.state[j] != NULL:
                     n = self.touch(n, row.state[j])
-            if row.is_flat:
+            if row.n_flat:
                 for param in (<Flat>self.folding.flat_of(<object>row.param)).parameters():
                     n = self.touch(n, <PyObject *>param)
             for j in range(1 + STATES):
@@ -1087,6 +1105,9 @@ cdef class Flat:
         self.starts[self.count] = start
 
     def __init__(self, block, list params, list gradients):
+        for p in params:
+            if id(p) in members:
+                (<Flat>members[id(p)][0]).forget()
         self.index = {id(p): i for i, p in enumerate(params)}
         self.references = [ref(p, self.forget) for p in params]
         members.update({key: (self, i) for key, i in self.index.items()})
@@ -1103,6 +1124,8 @@ cdef class Flat:
                 del members[key]
             if flats.get(key) is self:
                 del flats[key]
+        # Those with a call would keep the blocks alive until the garbage collector comes.
+        self.references = [each if each() is None else ref(each()) for each in self.references]
 
     def parameters(self):
         """The parameters, all of which must be alive."""
@@ -1145,6 +1168,34 @@ cdef class Flat:
             layout += 1 + 2 * layout[0]
         return True
 
+    def in_place(self, numbers):
+        """(parameter, place of its gradient), for those of these numbers that were neither moved nor frozen."""
+        cdef View data, gradient
+        cdef Py_ssize_t i
+        cdef const int64_t *layout = self.layout
+        cdef list layouts = [], found = []
+        cdef set wanted = set(numbers)
+        cdef bint all_of_them = len(wanted) == self.count
+        cdef PyObject *param
+        view_tensor(<PyObject *>self.block, &data, layouts)
+        view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
+        for i in range(self.count):
+            param = PyWeakref_GetObject(self.references[i])
+            if ((all_of_them or i in wanted) and is_plain(<object>param) and (<object>param).requires_grad
+                    and self.is_at(param, &data, i, layout)
+                    and self.is_at(<PyObject *>self.gradients[i], &gradient, i, layout)):
+                found.append((<object>param, self.gradients[i]))
+            layout += 1 + 2 * layout[0]
+        return found
+
+    def zero(self, list places):
+        """Fill gradients with zeros and give them to their parameters, as `in_place` returns these."""
+        for each in [self.block.grad] if len(places) == self.count else [place for _, place in places]:
+            each.zero_()
+        for param, place in places:
+            if param.grad is not place:
+                param.grad = place
+
 
 def flat_parameters(list params):
     """Parameters with a Flat in the place of those that are whole, or None where there is none."""
@@ -1162,6 +1213,22 @@ def flat_parameters(list params):
             units.append(params[k])
             k += 1
     return units if any_flat else None
+
+
+def members_of(list params):
+    """The Flats that some parameters are of, with a list of the places of these in each."""
+    cdef PyObject *found
+    cdef dict flats_of = {}
+    cdef Flat flat = None
+    for p in params:
+        found = PyDict_GetItemWithError(members, id(p))
+        if found == NULL:
+            continue
+        if (<tuple>found)[0] is not flat:
+            flat = (<tuple>found)[0]
+            places = flats_of.setdefault(flat, [])
+        places.append((<tuple>found)[1])
+    return flats_of
 
 
 def member_of(param):

@@ -135,6 +135,8 @@ class TensorSide(Side):
             return tensors[id(value)] if id(value) in tensors else as_tensor(value)
         if name not in self.numbers:
             return _within(value, np.ndarray, as_tensor)
+        if self.core is pyopt.SparseAdam:  # torch's counts in ints
+            return int(value)
         double = torch.get_default_dtype() == torch.float64
         dtype = torch.float64 if double or not hasattr(torch.optim, self.kind) else torch.float32
         number = torch.tensor(float(value), dtype=torch.float64)
@@ -156,6 +158,9 @@ class TensorSide(Side):
     def after(self) -> None:
         for hook in getattr(self.optimizer, "_optimizer_load_state_dict_post_hooks", {}).values():
             hook(self.optimizer)
+
+    def typed(self, name: str, array: Array) -> Array:
+        return array  # as_tensor knows the type
 
     def own(self, name: str, array: Array, is_tensor: bool) -> Any:
         return as_tensor(np.array(array)) if is_tensor else super().own(name, array, is_tensor)

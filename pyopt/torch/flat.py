@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from pyopt.storage import MASTERS
-from pyopt.torch._tensors import Flat, TensorWorkspace, flat_parameters, fold_by, is_ordinary, member_of, unrecorded
+from pyopt.torch._tensors import (
+    Flat,
+    TensorWorkspace,
+    flat_parameters,
+    fold_by,
+    is_ordinary,
+    member_of,
+    members_of,
+    unrecorded,
+)
 
 Entry = dict[str, Any]
 
@@ -22,13 +31,14 @@ WORDS = "float32, float64, bfloat16 or float16"
 def flatten(params: Iterable[Any]) -> None:
     """Move parameters into one block of memory per type, and their gradients into another: for thousands of small ones.
 
-    Every parameter stays the object that it is, as a view of the block; its gradient is from now on a view too, zeros
-    where it had none. `backward()` adds to it in place, `zero_grad()` of an optimizer of pyopt.torch fills it with
-    zeros. Such an optimizer then steps the block as one tensor where the parameters stand in one group, side by side
-    and in this order, by a rule of elements (not LAMB, LARS, Prodigy, Muon and the like), without an average attached,
-    state in 8 bits or rounding by chance; the bits are those of the steps one by one. What comes in between is noticed
-    and right, and that step slower: a gradient that was replaced or is None (until the next zero_grad()), a parameter
-    that was moved.
+    Every parameter stays the object that it is, with a part of the block for its memory; its gradient is from now on a
+    view of another, zeros where it had none. `backward()` adds to it in place, `zero_grad()` of an optimizer of
+    pyopt.torch fills those of its own parameters with zeros. Such an optimizer then steps the block as one tensor where
+    the parameters stand in one group, side by side and in this order, by a rule of elements (not LAMB, LARS, Prodigy,
+    Muon and the like), without an average attached, state in 8 bits or rounding by chance; the bits are those of the
+    steps one by one. What comes in between is noticed and right, and that step slower: a gradient that was replaced or
+    is None (until the next zero_grad()), a parameter that was moved or frozen. Parameters that require no gradient and
+    have none stay where they are: give optimizers the others alone.
 
     Args:
         params: parameters, or (name, parameter) pairs as named_parameters() gives them: dense ones of float32, float64,
@@ -67,7 +77,8 @@ def flatten(params: Iterable[Any]) -> None:
         if p.grad is not None and p.grad.dtype != p.dtype:
             raise ValueError(f"the gradient of params[{i}] is {p.grad.dtype}, must be {p.dtype} as the parameter")
         seen.add(id(p))
-        by_type.setdefault(p.dtype, []).append(p)
+        if p.requires_grad or p.grad is not None:
+            by_type.setdefault(p.dtype, []).append(p)
     ranges = sorted((p.data_ptr(), p.data_ptr() + _reach(p)) for each in by_type.values() for p in each if p.numel())
     for (_, end), (begin, _) in pairwise(ranges):
         if begin < end:
@@ -81,28 +92,34 @@ def _reach(p: torch.Tensor) -> int:
     return (last + 1) * p.element_size()
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _flatten(params: list[torch.nn.Parameter]) -> None:
     size = sum(p.numel() for p in params)
-    block = torch.nn.Parameter(torch.empty(size, dtype=params[0].dtype), requires_grad=False)
+    block = torch.nn.Parameter(params[0].new_empty(size), requires_grad=False)
     block.grad = torch.zeros_like(block)
+    # A storage for each: who saves a model takes parameters of one storage for tied ones, and leaves out all but one.
+    memory = block.data.view(torch.uint8).numpy()
     places, gradients, start = [], [], 0
     for p in params:
         # In the memory order that the parameter has, if its elements lie side by side.
         like = torch.empty_like(p, memory_format=torch.preserve_format)
-        where = (like.shape, like.stride(), start)
-        places.append(block.data.as_strided(*where).copy_(p))
-        gradients.append(block.grad.as_strided(*where))
+        place = like
+        if p.numel():
+            place = torch.frombuffer(memory, dtype=p.dtype, count=p.numel(), offset=start * p.element_size())
+            place = place.as_strided(like.shape, like.stride())
+        places.append(place.copy_(p))
+        gradients.append(block.grad.as_strided(like.shape, like.stride(), start))
         if p.grad is not None:
             gradients[-1].copy_(p.grad)
         start += p.numel()
     flat = Flat(block, params, gradients)
     for p, place, gradient in zip(params, places, flat.gradients, strict=True):
-        p.grad = None
         p.data = place
         p.grad = gradient
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def unflatten(params: Iterable[Any]) -> None:
     """Give parameters, and their gradients, memory of their own again.
@@ -116,19 +133,18 @@ def unflatten(params: Iterable[Any]) -> None:
         >>> import pyopt.torch as optim
         >>> weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
         >>> optim.flatten(weights)
-        >>> optim.unflatten(weights)
-        >>> weights[0].untyped_storage().nbytes()
+        >>> weights[1].data_ptr() - weights[0].data_ptr()
         12
+        >>> optim.unflatten(weights)
     """
     given = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
     for p, found in [(p, member_of(p)) for p in given]:
         if found is not None:
             flat, i = found
             flat.forget()
-            gradient = p.grad
-            p.grad = None
             p.data = p.data.clone(memory_format=torch.preserve_format)
-            p.grad = gradient.clone(memory_format=torch.preserve_format) if gradient is flat.gradients[i] else gradient
+            if p.grad is flat.gradients[i]:
+                p.grad = p.grad.clone(memory_format=torch.preserve_format)
 
 
 # --- the state of an optimizer whose parameters are flattened ---------------------------------------------------------
@@ -309,7 +325,25 @@ def _are_alike(flat: Flat, entries: list[Any]) -> bool:
                     return False
             elif entry[name].shape != like.shape:
                 return False
-    return True
+    return not _are_aliased([value for entry in entries for value in entry.values()])
+
+
+def _are_aliased(tensors: list[torch.Tensor]) -> bool:
+    """Whether somebody else has a view of one of these tensors, or an array of its memory."""
+    bases = {id(base): base for base in (each._base for each in tensors) if base is not None}
+    holders: dict[int, int] = {}
+    for each in (*tensors, *bases.values()):
+        place = each.untyped_storage()._cdata
+        holders[place] = holders.get(place, 0) + 1
+    return any(_uses(each) > holders[each.untyped_storage()._cdata] for each in tensors)
+
+
+def _uses(tensor: torch.Tensor) -> int:
+    """How many tensors have its memory; 0 where torch does not say."""
+    if not hasattr(torch._C, "_storage_Use_Count"):
+        return 0
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # for `storage`
 
 
 def _goes_with(dtype: torch.dtype, of_state: torch.dtype, name: str) -> bool:
@@ -361,12 +395,14 @@ fold_by(fold, FlatState)
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def zero_flattened(groups: list[dict[str, Any]]) -> None:
-    """Give flattened parameters their gradients' places back, filled with zeros."""
-    places = [(p, member_of(p)) for group in groups for p in group["params"]]
-    for block in {id(place[0]): place[0].block for _, place in places if place is not None}.values():
-        if block.grad is not None:
-            block.grad.zero_()
-    for p, place in places:
-        if place is not None:
-            p.grad = place[0].gradients[place[1]]
+def zero_flattened(groups: list[dict[str, Any]], zero_others: Callable[[], Any]) -> None:
+    """Give flattened parameters of these groups their gradients' places back, filled with zeros.
+
+    zero_others is called before, where there are other parameters; it may take the gradients of all away.
+    """
+    params = [p for group in groups for p in group["params"]]
+    found = [(flat, flat.in_place(numbers)) for flat, numbers in members_of(params).items()]
+    if sum(len(places) for _, places in found) < len(params):
+        zero_others()
+    for flat, places in found:
+        flat.zero(places)

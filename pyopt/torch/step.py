@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -19,9 +19,9 @@ import pyopt
 from pyopt import checks, storage
 from pyopt._asked import Average, asked
 from pyopt._options import check_options
-from pyopt.torch._tensors import TensorWorkspace
+from pyopt.torch._tensors import BlockLeft, TensorWorkspace
 from pyopt.torch.fallback import step_by_torch
-from pyopt.torch.flat import zero_flattened
+from pyopt.torch.flat import FlatState, zero_flattened
 
 Group = dict[str, Any]
 Step = TypeVar("Step", bound=Callable[..., Any])
@@ -202,15 +202,19 @@ class KernelStepMixin:
             factor = 1.0 if scale is None else float(torch.as_tensor(scale, dtype=torch.float64).reciprocal())
         workspace = attributes.get("_pyopt_workspace") or workspace_of(self)
         if is_observed():
+            if isinstance(self.state, FlatState):
+                self.state.release_all()  # torch steps by parameter
             workspace.step_by(self._step_observed, self._side(self), None, what, factor)
         else:
-            workspace.step(self._side(self), None, what, factor)
+            try:
+                workspace.step(self._side(self), None, what, factor)
+            except BlockLeft:
+                workspace.step_apart(self._side(self), None, what, factor)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; the gradients of flattened parameters are filled with zeros."""
-        super().zero_grad(set_to_none)  # type: ignore[misc]
-        zero_flattened(self.param_groups)
+        zero_flattened(self.param_groups, functools.partial(super().zero_grad, set_to_none))  # type: ignore[misc]
 
     def _step_observed(self, grads: list[Any] | None, factor: float) -> None:
         groups = enumerate(self.param_groups)
@@ -262,7 +266,7 @@ class KernelStepMixin:
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = vars(self).pop("_pyopt_loading", None)
         if loading is not None:
-            keep_types(loading["saved"], state, loading["stored"])
+            keep_types(loading["saved"], state, loading["stored"], self._core.number_states)
         super().__setstate__(state)  # type: ignore[misc]
 
     def _step_by_torch(self, left: list[tuple[int, torch.Tensor]], factor: float) -> None:
@@ -279,17 +283,23 @@ def signature_of(cls: type) -> inspect.Signature:
     return of_torch.replace(parameters=[*of_torch.parameters.values(), *own])
 
 
-def keep_types(saved: dict[str, Any], state: dict[str, Any], stored: list[dict[str, Any]]) -> None:
-    """Give groups that a checkpoint makes their options of storage, and the state of such the types it was saved in."""
+def keep_types(
+    saved: dict[str, Any], state: dict[str, Any], stored: list[dict[str, Any]], numbers: Collection[str]
+) -> None:
+    """Give groups that a checkpoint makes their options of storage, and the state of such the types it was saved in.
+
+    So in any group numbers of the whole tensor, and the codes of state in 8 bits with what is kept beside them.
+    """
     for group, saved_group, own in zip(state["param_groups"], saved["param_groups"], stored, strict=True):
         if not storage.checked(saved_group):
             group.update({**own, **group})
-        if not storage.checked(group):
-            continue
+        keeps = bool(storage.checked(group))
         for p, index in zip(group["params"], saved_group["params"], strict=True):
             entry = state["state"].get(p, {})
             for name, value in saved["state"].get(index, {}).items():
-                if isinstance(value, torch.Tensor) and name != "step" and entry[name].dtype != value.dtype:
+                if not isinstance(value, torch.Tensor) or name == "step" or entry[name].dtype == value.dtype:
+                    continue
+                if keeps or name in numbers or value.shape != p.shape or not value.is_floating_point():
                     entry[name] = value.to(device=p.device, copy=True)
 
 
