@@ -50,8 +50,8 @@ MUTATIONS = [
         ("a if a >= b else b", "a if a <= b else b", "Adam and Adamax: the lesser of two"),
         ("return c if a == a else a", "return c", "Adam and Adamax: a NaN in the larger one vanishes"),
         (
-            "p * <floating>h.decay_factor - <floating>h.step_size * m[0] / d\n\n\nctypedef struct AdaB",
-            "p - <floating>h.step_size * m[0] / d\n\n\nctypedef struct AdaB",
+            "p * <floating>h.decay_factor - <floating>h.step_size * m[0] / d\n\n\n# Of the elements",
+            "p - <floating>h.step_size * m[0] / d\n\n\n# Of the elements",
             "Adam: decoupled decay",
         ),
         ("if h.averages else p", "if h.averages else ax[0]", "ASGD: the average begins with the parameter"),
@@ -89,7 +89,11 @@ MUTATIONS = [
         ("    while part < a.parts:", "    if part < a.parts:", "a smaller team leaves parts undone"),
         ("a.cost * (part + 1) // a.parts)", "a.cost * (part + 1) // a.parts - 64)", "gaps between parts"),
         ("return w.size if i >= w.size", "return w.size - 1 if i >= w.size", "the last element of a tensor"),
-        ("set_float_mode(float_mode(flush))", "set_float_mode(float_mode(0))", "denormals are never flushed"),
+        (
+            "set_float_mode(float_mode(a.flush))\n    run_part",
+            "set_float_mode(float_mode(0))\n    run_part",
+            "denormals are never flushed",
+        ),
         (
             "    run_part(a, begin, end)\n    set_float_mode(mode)\n",
             "    run_part(a, begin, end)\n",
@@ -277,7 +281,7 @@ MUTATIONS = [
     *of(
         "pyopt/_arrays.pyx",
         "tests/test_faults.py tests/test_arrays.py",
-        (" or copy.strides != data.strides:", ":", "a stale copy: the gradient is applied transposed"),
+        (" or not same_order_as(copy, data):", ":", "a stale copy: the gradient is applied transposed"),
         ("NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED", "NPY_ARRAY_ALIGNED", "a read-only array is written"),
         ("if overflow or not 0 <= steps <= MOST_STEPS:", "if overflow:", "a step count beyond its end"),
         (" or not same_shape(&p, &g):", ":", "a gradient of another shape"),
@@ -306,7 +310,7 @@ MUTATIONS = [
         "pyopt/torch/_tensors.pyx",
         "tests/test_torch_mixed.py -k stays_with_the_kernels",
         (
-            "                    or copy.dtype != data.dtype):",
+            "                    or copy.dtype != grad.dtype):",
             "                    or False):",
             "a copy of another dtype",
         ),
