@@ -255,7 +255,9 @@ cdef class ArrayWorkspace(Workspace):
 
     cdef dict make_state(self, Row *row, Py_ssize_t index, Plan plan, optimizer):
         check_data(label(index, <object>row.param), <object>row.data)  # no state for what cannot be stepped
-        return Workspace.make_state(self, row, index, plan, optimizer)
+        made = Workspace.make_state(self, row, index, plan, optimizer)
+        find_bfloat16()  # the first state of that type is what imports it
+        return made
 
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
         what = label(index, <object>row.param)
