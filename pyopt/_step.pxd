@@ -184,6 +184,7 @@ cdef class Workspace(Lock):
     cdef bint overlap(self, Py_ssize_t first, Py_ssize_t second) except -1
     cdef int tangle(self, Py_ssize_t reader, Py_ssize_t writer) except -1
     cdef bint settle(self, optimizer) except -1
+    cdef int average_left(self) except -1
     cdef int announce(self) except -1
     cdef int make_counts(self, Row *row) except -1
     cdef int store_counts(self, Row *row) noexcept

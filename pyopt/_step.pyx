@@ -162,6 +162,7 @@ cdef class Workspace(Lock):
                 if self.has_extras:
                     with nogil:
                         sweep(self.work, self.n_work, self.numbers, NULL, &self.extras)
+                self.average_left()
                 self.commit()
         finally:
             self.end()
@@ -1048,6 +1049,10 @@ cdef class Workspace(Lock):
     cdef bint settle(self, optimizer) except -1:
         """Do what must be done in Python; whether there was something."""
         raise NotImplementedError
+
+    cdef int average_left(self) except -1:
+        """Move the averages of rows that are left to others, or let them change places."""
+        return 0
 
     cdef int announce(self) except -1:
         """Tell others that the arrays will be written to; without Python code."""

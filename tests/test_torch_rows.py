@@ -286,6 +286,24 @@ def test_averages() -> None:
     torch.testing.assert_close(ema.averages[0], expected)
 
 
+def test_averages_behind_a_step_that_is_followed() -> None:
+    """Where torch's own step is made, an average moves behind it, not before."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    p = new_parameters((10, 3))[0]
+    optimizer = optim.SGD([p], lr=0.5)
+    ema = pyopt.averaging.EMA(optimizer, decay=0.0)
+    for step in range(2):
+        p.grad = rows_of(p, 4, step)
+        with Mode():
+            optimizer.step()
+        assert same_bits(ema.averages[0], p.detach())
+
+
 def test_values_that_lie_in_the_table() -> None:
     p, q = new_parameters((6, 4))[0], new_parameters((6, 4))[0]
     p.grad = torch.sparse_coo_tensor([[0, 1]], p.detach()[1:3], (6, 4), check_invariants=True)

@@ -288,7 +288,7 @@ cdef bint needs_whole(Rule rule) noexcept:
 
 cdef class TensorWorkspace(Workspace):
     """The steps of one torch optimizer."""
-    # Of this step: per row that is left [why, its memory, whether torch has done what there is to do].
+    # Of this step: per row that is left [why, its memory, whether torch has stepped it, and moved its averages].
     cdef dict left
     cdef bint dry  # only to say what would be done
     cdef bint has_int_steps  # the state counts steps in an int, not in a tensor
@@ -352,7 +352,7 @@ cdef class TensorWorkspace(Workspace):
                 self.note_memory(memory, value)
         if self.left is None:
             self.left = {}
-        self.left[index] = [reason, memory, False]
+        self.left[index] = [reason, memory, False, False]
         row.route = LEFT
         row.careful = True
         row.must_copy = row.has_copy = False
@@ -435,8 +435,8 @@ cdef class TensorWorkspace(Workspace):
     cdef bint take_rows(self, Row *row) except -1:
         """Take indices and values of a gradient of rows of a table; whether it is one that the kernels can walk."""
         param, grad = <object>row.param, <object>row.grad
-        if (row.beside or self.averages or grad.layout is not sparse_layout or row.data != row.param
-                or grad.shape != param.shape or grad.sparse_dim() != 1):
+        if (row.beside and not self.bare_rows or self.averages or grad.layout is not sparse_layout
+                or row.data != row.param or grad.shape != param.shape or grad.sparse_dim() != 1):
             return False
         grad = grad.detach()
         values, indices = grad._values().contiguous(), grad._indices()[0].contiguous()
@@ -613,7 +613,7 @@ cdef class TensorWorkspace(Workspace):
         if row.values != NULL:
             return self.look_at_values(row, index, &p, w)
         if not self.view(row.grad, &g) or not go_together(&p, &g):
-            if (not row.beside and (<Plan>self.new_plans[row.group]).takes_rows and self.take_rows(row)):
+            if (self.bare_rows if row.beside else (<Plan>self.new_plans[row.group]).takes_rows) and self.take_rows(row):
                 row.careful = self.again = self.unsteady = True
                 return False
             self.leave(row, index, f"its gradient is a {describe(<object>row.grad)} tensor")
@@ -861,13 +861,20 @@ cdef class TensorWorkspace(Workspace):
         stepped = [(self.rows[k].group, <object>self.rows[k].param) for k in remaining if not self.rows[k].beside]
         if stepped:
             optimizer.step_by_torch(stepped, self.gradient_factor * self.clip)
-        for k in remaining if self.averages else []:
+        if self.exchanging or not self.bare:  # else the step is still to come
+            self.average_left()
+        return True
+
+    cdef int average_left(self) except -1:
+        cdef list unmoved = [k for k, found in sorted((self.left or {}).items()) if found[2] and not found[3]]
+        for k in unmoved if self.averages else []:
+            self.left[k][3] = True
             for each in self.averaged[k * len(self.averages):(k + 1) * len(self.averages)]:
                 if self.exchanging:
                     exchange_by_torch((<Average>self.averages[0]).kept, each[0], <object>self.rows[k].param)
                 else:
                     average_by_torch(each[0], <object>self.rows[k].param, each[1])
-        return True
+        return 0
 
     cdef int copy_gradient(self, Row *row, Py_ssize_t k) except -1:
         data = <object>row.data
