@@ -15,6 +15,7 @@ from pyopt._numpy_arrays cimport (
     PyArray_TYPE, PyArrayObject,
 )
 from pyopt._plans cimport Plan
+from pyopt._rows cimport refuse_rows
 from pyopt._step cimport IDLE, KERNEL, MOST_STEPS, Row, Workspace, hold
 from pyopt._views cimport (
     OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
@@ -28,12 +29,13 @@ import numpy as np
 from numpy import ndarray
 from numpy.ma import MaskedArray
 
+from pyopt._lazy import touched_rows
 from pyopt.checks import count as check_count
 from pyopt.parameter import (
     Parameter, average_type, check_average, check_codes, check_data, check_gradient, check_master, check_no_overlap,
     check_state, check_state_values, label, overlaps_itself,
 )
-from pyopt.sparse import RowSparse, bad_index, check_rows
+from pyopt.sparse import RowSparse, check_rows
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
@@ -109,11 +111,6 @@ cdef int width_of_index(PyObject *value) noexcept:
     if (size != 4 and size != 8) or not PyArray_ISNOTSWAPPED(array) or not PyArray_FLAGS(array) & NPY_ARRAY_ALIGNED:
         return 0
     return size
-
-
-def descent(indices):
-    """The first place whose index is less than the one before."""
-    return int(np.flatnonzero(np.diff(indices) < 0)[0]) + 1
 
 
 cdef void extent(const View *v, char **begin, char **end) noexcept:
@@ -365,14 +362,8 @@ cdef class ArrayWorkspace(Workspace):
             if g.shape[axis] != p.shape[axis]:
                 self.refuse(row, index)
         wrong = self.look_at_rows(row, w, p, i.data, itemsize, n, &ascending)
-        what = None
-        if wrong >= 0:
-            what = label(index, <object>row.param)
-            raise IndexError(bad_index(f"{what}: gradient", <object>row.grad, wrong))
-        if not ascending and (<object>row.grad).is_sorted:
-            what = label(index, <object>row.param)
-            at = descent(<object>row.indices)
-            raise ValueError(f"{what}: gradient: indices descend at place {at}, must not with is_sorted=True")
+        if wrong >= 0 or not ascending and (<object>row.grad).is_sorted:
+            refuse_rows(f"{label(index, <object>row.param)}: gradient", <object>row.grad, wrong, ascending)
         w.stream[1] = g.data
         row.read.begin = g.data
         row.read.end = end_of(&g)
@@ -529,8 +520,9 @@ cdef class ArrayBatch(Batch):
     """Gradients that are gone over at once.
 
     copied: those whose numbers were copied, into the memory order of their parameters or side by side.
+    rows: of each RowSparse its place, which rows it has, and its values.
     """
-    cdef readonly list copied
+    cdef readonly list copied, rows
 
     def __init__(self, list grads, list owners, list names, bint writes):
         """grads: arrays, to be written to or not; owners: their Parameters, or None; names: for messages, or None."""
@@ -538,8 +530,11 @@ cdef class ArrayBatch(Batch):
         cdef PyObject *array
         cdef Py_ssize_t k
         cdef int kind
-        self.copied = []
+        self.copied, self.rows = [], []
         for k in range(len(grads)):
+            if type(grads[k]) is rows_type:
+                self.add_rows(k, grads[k], owners[k], names[k], writes)
+                continue
             array = <PyObject *>grads[k]
             kind = view(array, &g) if is_array(array) else OTHER
             if kind != OF_FLOAT32 and kind != OF_FLOAT64 or writes and not (
@@ -562,17 +557,40 @@ cdef class ArrayBatch(Batch):
             self.add(g.data, g.size, kind == OF_FLOAT64, copy)
             self.copied.append(grads[k])
 
+    cdef int add_rows(self, Py_ssize_t k, grad, owner, name, bint writes) except -1:
+        """Add the gradient of some rows of a table."""
+        what = self.name_of(k, owner, name)
+        indices, values = grad.arrays(what) if owner is None else check_rows(label(k, owner), owner._data, grad)
+        if writes:
+            self.check_writable(what, grad.values)
+        rows = touched_rows(what, grad, indices, values)
+        self.add(<char *>PyArray_DATA(<PyArrayObject *>values), values.size, values.itemsize == 8, (indices, values),
+                 rows)
+        self.rows.append((k, rows, values))
+        if not np.may_share_memory(values, grad.values):
+            self.copied.append(grad.values)
+        return 0
+
+    cdef object name_of(self, Py_ssize_t k, owner, name):
+        return f"gradient {name!r}" if name else f"gradient {k}" if owner is None else f"gradient of {label(k, owner)}"
+
+    cdef int check_writable(self, what, array) except -1:
+        if not array.flags.writeable:
+            raise ValueError(f"{what} is read-only, must be writable")
+        if overlaps_itself(array.shape, array.strides, array.itemsize):
+            raise ValueError(f"{what} has strides {array.strides} with shape {array.shape}, must not overlap itself")
+        return 0
+
     cdef int refuse(self, Py_ssize_t k, grad, owner, name) except -1:
-        what = f"gradient {name!r}" if name else f"gradient {k}" if owner is None else f"gradient of {label(k, owner)}"
+        what = self.name_of(k, owner, name)
         if not is_array(<PyObject *>grad):
             raise TypeError(f"{what} is a {type(grad).__name__}, must be an array")
         if not grad.dtype.isnative or grad.dtype not in ("float32", "float64"):
             raise TypeError(f"{what} is {grad.dtype}, must be float32 or float64")
         if owner is not None:
             check_gradient(what, owner._data, grad)
-        if not grad.flags.writeable:
-            raise ValueError(f"{what} is read-only, must be writable")
-        raise ValueError(f"{what} has strides {grad.strides} with shape {grad.shape}, must not overlap itself")
+        self.check_writable(what, grad)
+        raise RuntimeError(f"{what} is changed by another thread while it is looked at")
 
 
 def with_gradients(list items):

@@ -211,7 +211,7 @@ class Table:
     def touched(self, grad: Any) -> tuple[Array, Array]:
         """The rows of a gradient, each once, and the sum of its values."""
         if isinstance(grad, RowSparse):
-            return coalesce(self.what, grad, *check_rows(self.what, self.data, grad))
+            return coalesce(f"{self.what}: gradient", grad, *check_rows(self.what, self.data, grad))
         return np.arange(len(self.state["row_step"])), check_gradient(self.what, self.data, grad)
 
     def add_step(self, writes: RowWrites, rows: Array, grad: Array, factor: float) -> State:

@@ -22,6 +22,7 @@ from pyopt._asked cimport FILL, RAISE, Average
 from pyopt._engine cimport AVERAGES, STATES, Averaged, Rule, Work
 from pyopt._norms cimport Batch, power_sums
 from pyopt._plans cimport Plan
+from pyopt._rows cimport Rows
 from pyopt._step cimport COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Row, Workspace, hold
 from pyopt._views cimport (
     OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
@@ -994,8 +995,9 @@ cdef class TensorBatch(Batch):
     """Gradients that are gone over at once: those of `places`; the others are torch's to do.
 
     copied: those whose numbers were copied, into the memory order of their parameters or side by side.
+    rows: of each sparse one of rows its place, which rows it has, and its values.
     """
-    cdef readonly list places, copied
+    cdef readonly list places, copied, rows
 
     def __init__(self, list grads, list params):
         """params: the parameters, in whose memory order sums are taken, or None."""
@@ -1003,10 +1005,15 @@ cdef class TensorBatch(Batch):
         cdef PyObject *tensor
         cdef Py_ssize_t k
         cdef list layouts = []
-        self.places, self.copied = [], []
+        self.places, self.copied, self.rows = [], [], []
         for k in range(len(grads)):
             tensor = <PyObject *>grads[k]
-            if not is_plain(grads[k]) or not view_tensor(tensor, &g, layouts) or is_short(&g):
+            if not is_plain(grads[k]):
+                continue
+            if grads[k].layout is sparse_layout:
+                self.add_rows(k, grads[k], layouts)
+                continue
+            if not view_tensor(tensor, &g, layouts) or is_short(&g):
                 continue
             p = g
             if params[k] is not None and not (is_plain(params[k]) and view_tensor(<PyObject *>params[k], &p, layouts)
@@ -1023,8 +1030,34 @@ cdef class TensorBatch(Batch):
             self.add(g.data, g.size, g.itemsize == 8, held)
             self.places.append(k)
 
+    cdef int add_rows(self, Py_ssize_t k, grad, list layouts) except -1:
+        """Add a gradient of rows of a table; one of another kind is left."""
+        cdef View g
+        cdef Rows rows = Rows()
+        cdef bint ascending
+        cdef Py_ssize_t n, wrong
+        if grad.sparse_dim() != 1 or grad.device.type != "cpu":
+            return 0
+        indices, values = grad.detach()._indices()[0].contiguous(), grad.detach()._values()
+        if not view_tensor(<PyObject *>values, &g, layouts) or is_short(&g):
+            return 0
+        n = indices.numel()
+        if not is_in_c_order(&g) or <size_t>g.data % g.itemsize or not calls_false(is_neg, <PyObject *>values):
+            values = torch.empty_like(values, memory_format=torch.contiguous_format).copy_(values)
+            self.copied.append(grad)
+            view_tensor(<PyObject *>values, &g, layouts)
+        wrong = rows.sort(<const void *><size_t>indices.data_ptr(), 8, n, grad.shape[0], g.size // n if n else 0,
+                          &ascending)
+        if wrong >= 0:
+            raise IndexError(f"gradient {k}: indices[{wrong}] == {indices[wrong].item()}, must be 0 to "
+                             f"{grad.shape[0] - 1}")
+        self.add(g.data, g.size, g.itemsize == 8, grad, rows)  # which owns the values, where they were not copied
+        self.rows.append((k, rows, values))
+        self.places.append(k)
+        return 0
+
     def apply(self, Rule rule, dict scalars):
-        raise_versions(self.held)
+        raise_versions([held[0] if isinstance(held, tuple) else held for held in self.held])
         Batch.apply(self, rule, scalars)
 
 
