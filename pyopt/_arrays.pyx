@@ -348,11 +348,11 @@ cdef class ArrayWorkspace(Workspace):
         cdef bint ascending
         cdef Py_ssize_t wrong, n
         cdef int itemsize = width_of_index(row.indices), axis
-        if w.stored != NULL:
+        if self.has_codes(w):
             what = label(index, <object>row.param)
-            raise TypeError(f"{what}: gradient is row-sparse, must go with parameters and state of float32 or float64")
+            raise TypeError(f"{what}: gradient is row-sparse, must be an array where the state is in 8 bits")
         view(row.indices, &i)
-        if (not view(row.values, &g) or g.element != p.element or itemsize == 0 or g.ndim != p.ndim or g.ndim == 0
+        if (not view(row.values, &g) or not go_together(p, &g) or itemsize == 0 or g.ndim != p.ndim or g.ndim == 0
                 or not is_in_c_order(p) or not is_in_c_order(&g)):
             self.refuse(row, index)
         n = g.shape[0]
@@ -365,6 +365,8 @@ cdef class ArrayWorkspace(Workspace):
         if wrong >= 0 or not ascending and (<object>row.grad).is_sorted:
             refuse_rows(f"{label(index, <object>row.param)}: gradient", <object>row.grad, wrong, ascending)
         w.stream[1] = g.data
+        if is_short(&g):
+            self.note_element(w, 1, &g)
         row.read.begin = g.data
         row.read.end = end_of(&g)
         return 0
@@ -563,6 +565,8 @@ cdef class ArrayBatch(Batch):
         indices, values = grad.arrays(what) if owner is None else check_rows(label(k, owner), owner._data, grad)
         if writes:
             self.check_writable(what, grad.values)
+        if values.itemsize < 4:
+            raise TypeError(f"{what} is {values.dtype}, must be float32 or float64")
         rows = touched_rows(what, grad, indices, values)
         self.add(<char *>PyArray_DATA(<PyArrayObject *>values), values.size, values.itemsize == 8, (indices, values),
                  rows)

@@ -148,8 +148,10 @@ cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *su
                 const Extras *extras) noexcept nogil
 cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm, double *sums) noexcept nogil
 
-# The gradient of n elements, at most BLOCK, of the k-th touched row; room has as many doubles.
-cdef const void *sum_values(const Work *w, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n, double *room) noexcept nogil
+# The gradient of n elements, at most BLOCK, of the k-th touched row, in the type that rules compute in; room has as
+# many doubles. codecs may be NULL where nothing is stored in another.
+cdef const void *sum_values(const Work *w, const Codec *codecs, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n,
+                            double *room) noexcept nogil
 
 # A piece of work of another kind than a span, by its number.
 ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil

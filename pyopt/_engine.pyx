@@ -113,7 +113,7 @@ cdef Py_ssize_t cost_of(const Work *w) noexcept nogil:
 
 cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, const Numbers *numbers,
               double *sums) noexcept nogil:
-    """The rule on n elements with the gradient g, or its sums over them."""
+    """The rule on n elements, or its sums over them; g: their gradient, NULL where it is to be read as it is stored."""
     cdef const Kernel *k = numbers.kernel
     cdef const void *h = &numbers.value[0]
     cdef float *f[2 + STATES]
@@ -121,7 +121,7 @@ cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, cons
     cdef bint by_row = k.finish_row32 != NULL  # its state has no elements to go with these
     cdef int j
     if w.stored != NULL:
-        run_stored(w, begin, n, numbers, sums)
+        run_stored(w, begin, <const float *>g, n, numbers, sums)
     elif w.is_double:
         for j in range(2 + STATES):
             d[j] = NULL if w.stream[j] == NULL or j > 1 and by_row else <double *>w.stream[j] + begin
@@ -139,8 +139,8 @@ cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, cons
 
 
 cdef const void *gradient_at(const Work *w, Py_ssize_t begin) noexcept nogil:
-    """The gradient of a stretch of memory from an element on."""
-    return NULL if w.stream[1] == NULL else <char *>w.stream[1] + begin * (8 if w.is_double else 4)
+    """The gradient of a stretch of memory from an element on; NULL where it is stored in a type of its own."""
+    return NULL if w.stream[1] == NULL or w.stored != NULL else <char *>w.stream[1] + begin * (8 if w.is_double else 4)
 
 
 cdef char *aside_of(const Stored *stored, int j, const Codec *c, Py_ssize_t begin) noexcept nogil:
@@ -176,9 +176,9 @@ cdef void run_direct(Direct span, const Work *w, Py_ssize_t begin, Py_ssize_t n,
          aside_of(w.stored, 0, &codecs[w.stored.codec[0]], begin))
 
 
-cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numbers,
+cdef void run_stored(const Work *w, Py_ssize_t begin, const float *g, Py_ssize_t n, const Numbers *numbers,
                      double *sums) noexcept nogil:
-    """The same where elements must be converted: part by part in the cache, into float32, and rounded once at the end.
+    """As run, where elements must be converted: part by part in the cache, into float32, and rounded once at the end.
 
     n is at most BLOCK where there are sums.
     """
@@ -189,8 +189,9 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
     cdef Work part
     cdef Py_ssize_t m
     cdef int j
-    cdef bint moves_state = k.finish == NULL or k.moves_state == (sums != NULL)
-    cdef Direct direct = direct_span(w, k) if sums == NULL else NULL
+    cdef bint by_row = k.finish_row32 != NULL
+    cdef bint moves_state = sums == NULL if k.finish == NULL else k.moves_state == (sums != NULL)
+    cdef Direct direct = direct_span(w, k) if sums == NULL and g == NULL else NULL
     if direct != NULL:
         run_direct(direct, w, begin, n, numbers)
         return
@@ -199,8 +200,10 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
         m = n if sums != NULL else min(<Py_ssize_t>STAGE, n)
         for j in range(2 + STATES):
             c = &k.codecs[stored.codec[j]]
-            if w.stream[j] == NULL:
+            if w.stream[j] == NULL or j > 1 and by_row:
                 part.stream[j] = NULL
+            elif j == 1 and g != NULL:
+                part.stream[j] = <void *>g
             elif c.load == NULL:
                 part.stream[j] = <char *>w.stream[j] + begin * c.size
             else:
@@ -209,11 +212,13 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
         run(&part, 0, part.stream[1], m, numbers, sums)
         for j in range(2 + STATES):
             c = &k.codecs[stored.codec[j]]
-            if c.store == NULL or w.stream[j] == NULL or (
+            if c.store == NULL or part.stream[j] == NULL or (
                     sums != NULL if j == 0 else not k.writes_both if j == 1 else not moves_state):
                 continue
             c.store(room[j], <char *>w.stream[j] + begin * c.size, aside_of(stored, j, c, begin), m, stored.key, begin)
         begin += m
+        if g != NULL:
+            g = g + m
         n -= m
 
 
@@ -259,16 +264,23 @@ cdef enum:
     FETCHED = 1024  # bytes of each stream of a row, at most: behind those the CPU sees the pattern
 
 
-cdef void fetch_row(const Work *w, Py_ssize_t k, bint by_row) noexcept nogil:
+cdef Py_ssize_t size_of(const Work *w, const Codec *codecs, int j) noexcept nogil:
+    """Bytes of an element of a stream."""
+    return codecs[w.stored.codec[j]].size if w.stored != NULL else 8 if w.is_double else 4
+
+
+cdef void fetch_row(const Work *w, const Codec *codecs, Py_ssize_t k, bint by_row) noexcept nogil:
     """Have the CPU fetch what the k-th touched row needs, without waiting for it."""
     cdef const Touched *t = w.touched
-    cdef Py_ssize_t size = 8 if w.is_double else 4, i, j, bytes_of_row = min(<Py_ssize_t>FETCHED, t.width * size)
+    cdef Py_ssize_t size, i, j, bytes_of_row
     cdef const char *at
     if k >= t.count or t.row == NULL:
         return
     for j in range(2 + STATES):
         if w.stream[j] == NULL:
             continue
+        size = size_of(w, codecs, j)
+        bytes_of_row = min(<Py_ssize_t>FETCHED, t.width * size)
         if j > 1 and by_row:
             prefetch(<const char *>w.stream[j] + t.row[k] * size)
             continue
@@ -279,24 +291,44 @@ cdef void fetch_row(const Work *w, Py_ssize_t k, bint by_row) noexcept nogil:
             i += 64
 
 
-cdef const void *sum_values(const Work *w, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n, double *room) noexcept nogil:
+cdef const void *sum_values(const Work *w, const Codec *codecs, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n,
+                            double *room) noexcept nogil:
     """The gradient of n elements of the k-th touched row: where its values lie, or the sum of several in room."""
     cdef const Touched *t = w.touched
-    cdef Py_ssize_t size = 8 if w.is_double else 4, i
     cdef const int64_t *place
     if t.row == NULL:
-        return <char *>w.stream[1] + (k * t.width + column) * size
+        return values_at(w, codecs, k * t.width + column, n, <float *>room)
     place = t.place + t.first[k]
     if t.first[k + 1] - t.first[k] == 1:
-        return <char *>w.stream[1] + (place[0] * t.width + column) * size
-    for i in range(t.first[k + 1] - t.first[k]):
-        if w.is_double:
-            add_values[double](room, <double *>w.stream[1] + place[i] * t.width + column, n, i == 0)
-        else:
-            add_values[float](room, <float *>w.stream[1] + place[i] * t.width + column, n, i == 0)
+        return values_at(w, codecs, place[0] * t.width + column, n, <float *>room)
+    add_all_values(w, codecs, place, t.first[k + 1] - t.first[k], column, n, room)
     if not w.is_double:
         narrow(<float *>room, room, n)
     return room
+
+
+cdef const void *values_at(const Work *w, const Codec *codecs, Py_ssize_t begin, Py_ssize_t n,
+                           float *room) noexcept nogil:
+    """Values from an element on, of the type that rules compute in: where they lie, or in room."""
+    cdef const char *at = <const char *>w.stream[1] + begin * size_of(w, codecs, 1)
+    if w.stored == NULL or codecs[w.stored.codec[1]].load == NULL:
+        return at
+    codecs[w.stored.codec[1]].load(room, at, NULL, n)
+    return room
+
+
+cdef void add_all_values(const Work *w, const Codec *codecs, const int64_t *place, Py_ssize_t count, Py_ssize_t column,
+                         Py_ssize_t n, double *room) noexcept nogil:
+    """The sum of the values of several places."""
+    cdef float wide[BLOCK]
+    cdef const void *values
+    cdef Py_ssize_t i
+    for i in range(count):
+        values = values_at(w, codecs, place[i] * w.touched.width + column, n, wide)
+        if w.is_double:
+            add_values[double](room, <const double *>values, n, i == 0)
+        else:
+            add_values[float](room, <const float *>values, n, i == 0)
 
 
 cdef void add_values(double *restrict total, const floating *restrict values, Py_ssize_t n, bint first) noexcept nogil:
@@ -322,9 +354,10 @@ cdef void run_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Number
     cdef const Touched *t = w.touched
     cdef double room[BLOCK]
     cdef Py_ssize_t i = begin, k, column, n, blocks = (t.width + BLOCK - 1) // BLOCK
+    cdef const Codec *codecs = numbers.kernel.codecs
     cdef bint by_row = numbers.kernel.finish_row32 != NULL
     for k in range(AHEAD):
-        fetch_row(w, begin // t.width + k, by_row)
+        fetch_row(w, codecs, begin // t.width + k, by_row)
     if by_row:
         run_whole_rows(w, begin // t.width, end // t.width, numbers, room)
         return
@@ -332,10 +365,10 @@ cdef void run_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Number
         k = i // t.width
         column = i - k * t.width
         if column == 0 or i == begin:
-            fetch_row(w, k + AHEAD, by_row)
+            fetch_row(w, codecs, k + AHEAD, by_row)
         n = min(min(<Py_ssize_t>BLOCK - column % BLOCK, t.width - column), end - i)
-        run(w, (k if t.row == NULL else t.row[k]) * t.width + column, sum_values(w, k, column, n, room), n, numbers,
-            NULL if sums == NULL else &sums[SUMS * (k * blocks + column // BLOCK)])
+        run(w, (k if t.row == NULL else t.row[k]) * t.width + column, sum_values(w, codecs, k, column, n, room), n,
+            numbers, NULL if sums == NULL else &sums[SUMS * (k * blocks + column // BLOCK)])
         i += n
 
 
@@ -351,7 +384,7 @@ cdef void run_whole_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const 
     while k < end:
         count = min(most, end - k)
         for j in range(count):
-            fetch_row(w, k + AHEAD + j, True)
+            fetch_row(w, numbers.kernel.codecs, k + AHEAD + j, True)
         if t.width > BLOCK:
             run_long_row(w, k, numbers, room)
         else:
@@ -370,7 +403,7 @@ cdef void run_short_rows(const Work *w, Py_ssize_t k, Py_ssize_t count, const Nu
     cdef Py_ssize_t j
     for j in range(count):
         row[j] = k + j if t.row == NULL else t.row[k + j]
-        g[j] = sum_values(w, k + j, 0, t.width, room + j * t.width)
+        g[j] = sum_values(w, numbers.kernel.codecs, k + j, 0, t.width, room + j * t.width)
         run(w, row[j] * t.width, g[j], t.width, numbers, &total[SUMS * j])
     for j in range(count):
         own[j] = numbers[0]
@@ -391,7 +424,7 @@ cdef void run_long_row(const Work *w, Py_ssize_t k, const Numbers *numbers, doub
         total[j] = 0
     while column < t.width:
         n = min(<Py_ssize_t>BLOCK, t.width - column)
-        run(w, row * t.width + column, sum_values(w, k, column, n, room), n, numbers, part)
+        run(w, row * t.width + column, sum_values(w, numbers.kernel.codecs, k, column, n, room), n, numbers, part)
         for j in range(SUMS):
             total[j] += part[j]
         column += n
@@ -399,16 +432,25 @@ cdef void run_long_row(const Work *w, Py_ssize_t k, const Numbers *numbers, doub
     column = 0
     while column < t.width:
         n = min(<Py_ssize_t>BLOCK, t.width - column)
-        run(w, row * t.width + column, sum_values(w, k, column, n, room), n, &own, NULL)
+        run(w, row * t.width + column, sum_values(w, numbers.kernel.codecs, k, column, n, room), n, &own, NULL)
         column += n
 
 
 cdef void finish_row(const Work *w, Py_ssize_t row, Numbers *own, const double *total) noexcept nogil:
     """Make the sums over a row of the table to the numbers of its step, and to its state."""
+    cdef const Codec *c
+    cdef char *at
+    cdef float state
     if w.is_double:
         own.kernel.finish_row64(own.value, total, w.touched.width, <double *>w.stream[2] + row)
-    else:
+    elif w.stored == NULL or w.stored.codec[2] == PLAIN:
         own.kernel.finish_row32(own.value, total, w.touched.width, <float *>w.stream[2] + row)
+    else:
+        c = &own.kernel.codecs[w.stored.codec[2]]
+        at = <char *>w.stream[2] + row * c.size
+        c.load(&state, at, NULL, 1)
+        own.kernel.finish_row32(own.value, total, w.touched.width, &state)
+        c.store(&state, at, NULL, 1, 0, row)
 
 
 cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:

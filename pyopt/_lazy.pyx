@@ -3,7 +3,7 @@
 
 from libc.string cimport memcpy, memset
 
-from pyopt._engine cimport BLOCK, Numbers, Rule, Work, sum_values, sweep
+from pyopt._engine cimport BFLOAT16, BLOCK, FLOAT16, Numbers, Rule, Work, sum_values, sweep
 from pyopt._matrix cimport Writes
 from pyopt._numpy_arrays cimport NPY_DOUBLE, PyArray_DATA, PyArray_TYPE, PyArrayObject
 from pyopt._rows cimport Rows, Touched, refuse_rows
@@ -47,10 +47,26 @@ def summed(Rows rows, values):
         column = 0
         while column < touched.width:
             n = min(<Py_ssize_t>BLOCK, touched.width - column)
-            memcpy(out, sum_values(&w, k, column, n, room), n * size)
+            memcpy(out, sum_values(&w, NULL, k, column, n, room), n * size)
             out += n * size
             column += n
     return found, sums
+
+
+def widened(Rule rule, array):
+    """The numbers of an array of a short type, in C order, as float32."""
+    wide = np.empty(array.shape, np.float32)
+    rule.kernel.codecs[FLOAT16 if array.dtype == np.float16 else BFLOAT16].load(
+        <float *>data_of(wide), data_of(array), NULL, array.size)
+    return wide
+
+
+def narrowed(Rule rule, numbers, dtype):
+    """Numbers of float32, in C order, rounded to a short type as a step rounds them."""
+    short = np.empty(numbers.shape, dtype)
+    rule.kernel.codecs[FLOAT16 if short.dtype == np.float16 else BFLOAT16].store(
+        <const float *>data_of(numbers), data_of(short), NULL, numbers.size, 0, 0)
+    return short
 
 
 def step_rows(Rule rule, dict scalars, Py_ssize_t begin, Py_ssize_t end, p, g, *states):

@@ -733,6 +733,14 @@ cdef class Workspace(Lock):
         """Whether the rule of a row of the step goes row by row over the table that the parameter then is."""
         return not row.beside and (<Plan>self.new_plans[row.group]).rule.kernel.finish_row32 != NULL
 
+    cdef bint has_codes(self, const Work *work) noexcept:
+        """Whether a state is in 8 bits, whose scales are those of 256 elements, not of rows."""
+        cdef int j
+        for j in range(2, 2 + STATES):
+            if work.stored != NULL and work.stored.codec[j] in (SIGNED_CODES, UNSIGNED_CODES):
+                return True
+        return False
+
     cdef int take_all_rows(self, Row *row, Work *w, const View *p) except -1:
         """Have all rows of the table p stepped."""
         row.touched.row = row.touched.first = row.touched.place = NULL

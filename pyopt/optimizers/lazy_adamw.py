@@ -11,7 +11,7 @@ import numpy as np
 from pyopt import _state_dict
 from pyopt._asked import Asked
 from pyopt._isa import kernels
-from pyopt._lazy import RowWrites, coalesce, step_rows
+from pyopt._lazy import RowWrites, coalesce, narrowed, step_rows, widened
 from pyopt._matrix import Writes, check_scalars
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizer import Group, Optimizer
@@ -20,6 +20,7 @@ from pyopt.parameter import (
     Parameter,
     Range,
     apart_from,
+    average_type,
     check_c_order,
     check_data,
     check_gradient,
@@ -54,8 +55,8 @@ class LazyAdamW(Optimizer):
     missed is made up for step by step, until nothing of its momentum is left; the rest is a product.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer), in C order. Gradients are row-sparse
-            (see RowSparse) or arrays; an array touches all rows.
+        params: parameters or groups of them (see Optimizer), in C order. Gradients are row-sparse (see RowSparse) or
+            arrays; an array touches all rows.
         lr: learning rate, >= 0.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -63,7 +64,8 @@ class LazyAdamW(Optimizer):
         maximize: ascend instead of descend.
 
     State: "step" (t), "exp_avg" (m), "exp_avg_sq" (v) per parameter, "row_step", the last step of each row, and
-    "history": from which step on lr, both betas, eps and weight_decay were what.
+    "history": from which step on lr, both betas, eps and weight_decay were what. Beside float16 and bfloat16 parameters
+    m and v are float32; what a row has missed and its step are computed in float32, and rounded once.
 
     Raises:
         TypeError, ValueError: see Optimizer; a parameter that is not in C order.
@@ -100,6 +102,9 @@ class LazyAdamW(Optimizer):
         maximize: bool = False,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
+
+    def _check_types(self, params: list[Parameter], first: int) -> None:
+        """It computes in float32 what is shorter."""
 
     def takes_rows(self, group: Group) -> bool:
         return True
@@ -174,6 +179,7 @@ class LazyAdamW(Optimizer):
         entry["step"] = _state_dict.saved_count(f"{what}: state_dict: step", entry["step"])
         for name in ("exp_avg", "exp_avg_sq"):
             check_state_values(what, name, entry, p.data)
+            _check_type(what, name, entry[name], p.data)
         _check_rows_of_state(what, entry, p.data)
         last = entry["row_step"]
         if last.size and not 0 <= last.min() <= last.max() <= entry["step"]:
@@ -203,6 +209,7 @@ class Table:
         self.data = check_data(what, data)
         check_c_order(what, data)
         self.state = _state_of(what, entry, data)
+        self.dtype = average_type(self.data.dtype)  # that it computes in
 
     @property
     def moments(self) -> tuple[Array, Array]:
@@ -211,8 +218,10 @@ class Table:
     def touched(self, grad: Any) -> tuple[Array, Array]:
         """The rows of a gradient, each once, and the sum of its values."""
         if isinstance(grad, RowSparse):
-            return coalesce(f"{self.what}: gradient", grad, *check_rows(self.what, self.data, grad))
-        return np.arange(len(self.state["row_step"])), check_gradient(self.what, self.data, grad)
+            indices, values = check_rows(self.what, self.data, grad)
+            return coalesce(f"{self.what}: gradient", grad, indices, values.astype(self.dtype, copy=False))
+        grad = check_gradient(self.what, self.data, grad)
+        return np.arange(len(self.state["row_step"])), grad.astype(self.dtype, copy=False)
 
     def add_step(self, writes: RowWrites, rows: Array, grad: Array, factor: float) -> State:
         """Add the step of some rows, each once, with their gradients; the state behind it."""
@@ -220,18 +229,18 @@ class Table:
         step = min(state["step"] + 1, MOST_STEPS)
         scalars = dict(self.scalars(self.group, step))
         scalars["gradient_factor"] *= factor
-        check_scalars(data.dtype, scalars)
+        check_scalars(self.dtype, scalars)
         history = _with(state["history"], step, self.group)
         if len(history) > MOST_CHANGES:  # none of them is needed when all rows are at this step
-            rows, grad = _with_zeros(rows, grad, data)
+            rows, grad = _with_zeros(rows, grad, data.shape)
             history = history[-1:]
-        if len(rows) == len(state["row_step"]) and (state["row_step"] == step - 1).all():
+        is_plain = data.dtype == self.dtype
+        if is_plain and len(rows) == len(state["row_step"]) and (state["row_step"] == step - 1).all():
             writes.add_rule(kernels.adam, scalars, data, grad, *self.moments)
         else:
             block = self._caught_up(rows, step - 1)
             step_rows(kernels.adam, scalars, 0, len(rows), block[0], grad, *block[1:])
-            for table, numbers in zip((data, *self.moments), block, strict=True):
-                writes.add_rows(table, rows, numbers)
+            self._add_block(writes, rows, block)
         writes.add_rows(state["row_step"], rows, np.full(len(rows), step))
         return {**state, "step": step, "history": history}
 
@@ -242,12 +251,18 @@ class Table:
         for begin in range(0, len(behind), CHUNK):
             some = behind[begin : begin + CHUNK]
             writes = RowWrites()
-            for table, numbers in zip((self.data, *self.moments), self._caught_up(some, step), strict=True):
-                writes.add_rows(table, some, numbers)
+            self._add_block(writes, some, self._caught_up(some, step))
             writes.add_rows(state["row_step"], some, np.full(len(some), step))
             writes.apply()
         history: Array = state["history"]
         return history[-1:] if rows is None else history
+
+    def _add_block(self, writes: RowWrites, rows: Array, block: list[Array]) -> None:
+        """Add new numbers of p, m and v of some rows."""
+        if self.data.dtype != self.dtype:
+            block = [narrowed(kernels.adam, block[0], self.data.dtype), *block[1:]]
+        for table, numbers in zip((self.data, *self.moments), block, strict=True):
+            writes.add_rows(table, rows, numbers)
 
     def _behind(self, rows: Any) -> Array:
         """Those of some rows that have missed steps, None for all, each once and in order."""
@@ -265,15 +280,17 @@ class Table:
         return behind
 
     def _caught_up(self, rows: Array, until: int) -> list[Array]:
-        """Copies of p, m and v of some rows as they are after the step `until`."""
+        """Copies of p, m and v of some rows as they are after the step `until`, of the type that is computed in."""
         data, state = self.data, self.state
         last = state["row_step"][rows]
         order = np.argsort(last, kind="stable")
         last = last[order]
         tables = [table.reshape(len(state["row_step"]), -1) for table in (data, *self.moments)]
         block = [np.ascontiguousarray(table[rows[order]]) for table in tables]
+        if data.dtype != self.dtype:
+            block[0] = widened(kernels.adam, block[0])
         history = state["history"]
-        window = _window(history, data.dtype)
+        window = _window(history, self.dtype)
         zeros = np.zeros_like(block[0])
         step = int(last[0]) + 1 if len(last) else until + 1
         while step <= until:  # rows that were last touched in [step - window, step) take this step
@@ -289,7 +306,7 @@ class Table:
         late = last < until - window
         if late.any():
             for array, factor in zip(block, _factors(history, last[late] + window, until), strict=True):
-                array[late] *= factor[:, None].astype(data.dtype)
+                array[late] *= factor[:, None].astype(self.dtype)
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return [array[back].reshape(len(rows), *data.shape[1:]) for array in block]
@@ -324,7 +341,7 @@ def _state_of(what: str, entry: State, data: Array) -> State:
     """The state of a parameter, a new one at first."""
     rows = data.shape[:1] if data.ndim else (1,)
     if not is_begun(entry):
-        zeros = [np.zeros_like(data, subok=False) for _ in range(2)]
+        zeros = [np.zeros_like(data, average_type(data.dtype), subok=False) for _ in range(2)]
         none = np.empty((0, 1 + len(OPTIONS)))
         new = {"exp_avg": zeros[0], "exp_avg_sq": zeros[1], "row_step": np.zeros(rows, np.int64), "history": none}
         return {"step": 0, **new}
@@ -333,9 +350,16 @@ def _state_of(what: str, entry: State, data: Array) -> State:
             raise KeyError(f"{what}: state has no {name!r}, only {sorted(map(str, entry))}")
     for name in ("exp_avg", "exp_avg_sq"):
         check_state(what, name, entry, data)
+        _check_type(what, name, entry[name], data)
     _check_rows_of_state(what, entry, data)
     step = _state_dict.saved_count(f"{what}: state 'step'", entry["step"])
     return {**{name: entry[name] for name in STATE}, "step": step}
+
+
+def _check_type(what: str, name: str, array: Array, data: Array) -> None:
+    """Raise unless a state is of the type that its parameter is computed in."""
+    if array.dtype != (expected := average_type(data.dtype)):
+        raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {expected}")
 
 
 def _check_rows_of_state(what: str, entry: State, data: Array) -> None:
@@ -394,8 +418,8 @@ def _factors(history: Array, since: Array, until: int) -> list[Array]:
         return [np.exp(np.where(steps > 0, steps * rate[None, :], 0).sum(1)) for rate in rates]
 
 
-def _with_zeros(rows: Array, grad: Array, data: Array) -> tuple[Array, Array]:
+def _with_zeros(rows: Array, grad: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """All rows of a table, those without a gradient with one of zero."""
-    whole = np.zeros_like(data)
+    whole = np.zeros(shape, grad.dtype)
     whole.reshape(-1, *grad.shape[1:])[rows] = grad
     return np.arange(len(whole)), whole

@@ -607,8 +607,8 @@ cdef class TensorWorkspace(Workspace):
         if row.grad == NULL:
             return True
         if by_row:
-            if not is_in_c_order(&p) or w.stored != NULL:
-                self.leave(row, index, "its rows do not lie one behind the other, or its type is a short one")
+            if not is_in_c_order(&p):
+                self.leave(row, index, "its rows do not lie one behind the other")
                 return False
             self.take_all_rows(row, w, &p)
         if row.values != NULL:
@@ -642,8 +642,8 @@ cdef class TensorWorkspace(Workspace):
         cdef bint ascending
         cdef Py_ssize_t wrong, n
         indices = <object>row.indices
-        if w.stored != NULL:
-            self.leave(row, index, "its gradient is sparse, and it or its state of a short type")
+        if self.has_codes(w):
+            self.leave(row, index, "its gradient is sparse, and its state in 8 bits")
             return False
         if not is_in_c_order(p) or not self.view(row.values, &g) or g.element != p.element:
             self.leave(row, index, "its rows do not lie one behind the other")
@@ -658,6 +658,8 @@ cdef class TensorWorkspace(Workspace):
             raise IndexError(f"{what}: gradient: indices[{wrong}] == {indices[wrong].item()}, must be 0 to "
                              f"{p.shape[0] - 1}")
         w.stream[1] = g.data
+        if is_short(&g):
+            self.note_element(w, 1, &g)
         row.read.begin, row.read.end = g.data, end_of(&g)
         return True
 

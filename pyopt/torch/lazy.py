@@ -21,11 +21,12 @@ from pyopt.torch import _tensors
 from pyopt.torch._tensors import TensorWorkspace
 from pyopt.torch.files import as_array, as_tensor
 from pyopt.torch.matrices import why_not
-from pyopt.torch.own import OwnOptimizer, constructor_of
+from pyopt.torch.own import OwnOptimizer, constructor_of, wide
 from pyopt.torch.step import Side, workspace_of
 
 Tensor = torch.Tensor
 Group = dict[str, Any]
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Row = tuple[str, int, Tensor]  # what messages call a parameter, the index of its group, itself
 
 
@@ -68,7 +69,7 @@ class LazyWorkspace(TensorWorkspace):
         """Per row (group, parameter, why the next step refuses it or None); nothing is changed."""
         with self:
             rows = [(index, p) for _, index, p in rows_of(optimizer)]
-            return [(index, p, why_not("it", p) or why_not_gradient(p.grad)) for index, p in rows]
+            return [(index, p, why_not("it", p, FLOATS) or why_not_gradient(p.grad)) for index, p in rows]
 
 
 def rows_of(optimizer: Any) -> Iterator[Row]:
@@ -83,7 +84,7 @@ def rows_of(optimizer: Any) -> Iterator[Row]:
 def table_of(optimizer: Any, what: str, index: int, p: Tensor) -> Table:
     """A parameter and its state as arrays in the same memory."""
     core: type[pyopt.LazyAdamW] = pyopt.LazyAdamW
-    if reason := why_not("it", p):
+    if reason := why_not("it", p, FLOATS):
         raise TypeError(f"{what}: LazyAdamW cannot step it: {reason}")
     group = plain(optimizer.param_groups[index])
     check_options({name: group[name] for name in optimizer.defaults if name in group}, core.checks)
@@ -102,7 +103,7 @@ def table_of(optimizer: Any, what: str, index: int, p: Tensor) -> Table:
 def why_not_gradient(grad: Tensor | None) -> str | None:
     """Why a gradient is none that a step takes, None if it is."""
     if grad is None or grad.layout is not torch.sparse_coo:
-        return None if grad is None else why_not("its gradient", grad)
+        return None if grad is None else why_not("its gradient", grad, FLOATS)
     if type(grad) is not Tensor or grad.device.type != "cpu" or grad.sparse_dim() != 1:
         return f"its gradient is a {_tensors.describe(grad)} tensor, sparse along {grad.sparse_dim()} axes"
     return None
@@ -112,11 +113,11 @@ def gradient_of(what: str, grad: Tensor) -> Any:
     """A gradient as an array or a RowSparse."""
     if reason := why_not_gradient(grad):
         raise TypeError(f"{what}: LazyAdamW cannot take it: {reason}")
-    if grad.layout is torch.strided:
-        return as_array(f"{what}: gradient", grad)
     grad = grad.detach()
+    if grad.layout is torch.strided:
+        return as_array(f"{what}: gradient", wide(grad))
     indices = as_array(f"{what}: gradient", grad._indices()[0].contiguous())
-    return RowSparse(indices, as_array(f"{what}: gradient", grad._values()), tuple(grad.shape))
+    return RowSparse(indices, as_array(f"{what}: gradient", wide(grad._values())), tuple(grad.shape))
 
 
 def items_of(entry: dict[str, Any], table: Table, new: dict[str, Any], writes: RowWrites) -> dict[str, Any]:
@@ -194,9 +195,9 @@ class LazyAdamW(OwnOptimizer, core=pyopt.LazyAdamW):
                 raise ValueError("param is no parameter of this optimizer")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but that the steps of rows and the options since keep their types."""
+        """As torch's, but that the state keeps its types: that of tables of short types is float32."""
         for index, entry in state_dict["state"].items():
-            for name in ("row_step", "history"):
+            for name in STATE[1:]:
                 if is_begun(entry) and not isinstance(entry.get(name), Tensor):
                     found = type(entry.get(name)).__name__
                     raise TypeError(f"parameter {index}: state_dict: {name!r} is a {found}, must be a tensor")
@@ -204,7 +205,7 @@ class LazyAdamW(OwnOptimizer, core=pyopt.LazyAdamW):
         params = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for p, index in zip(params, saved, strict=True):
-            for name in ("row_step", "history"):
+            for name in STATE[1:]:
                 if name in self.state.get(p, {}):
                     self.state[p][name] = state_dict["state"][index][name].detach().clone()
 

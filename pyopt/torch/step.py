@@ -115,8 +115,8 @@ class KernelStepMixin:
     """Mixin in front of a torch optimizer: its `step`, by the rule of the pyopt optimizer `core`.
 
     Covered are dense tensors of float32, float64, bfloat16 and float16 on the CPU, with gradients of any memory
-    order; in SGD, Adagrad, SparseAdam, FTRL and RowwiseAdagrad sparse ones of rows too (float32 and float64),
-    unless momentum or weight decay would move other rows. The short types are computed in float32 and rounded once,
+    order; in SGD, Adagrad, SparseAdam, FTRL and RowwiseAdagrad sparse ones of rows too, unless momentum or weight
+    decay would move other rows. The short types are computed in float32 and rounded once,
     where torch's default rounds after each operation. What is not covered (other sparse gradients, complex numbers,
     other devices, tensor subclasses, `differentiable=True`, parameters whose elements do not lie side by side or
     that share memory) take torch's own step; so does all of a step that a dispatch mode, a tracer or forward-mode
