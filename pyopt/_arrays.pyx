@@ -32,8 +32,8 @@ from numpy.ma import MaskedArray
 from pyopt._lazy import touched_rows
 from pyopt.checks import count as check_count
 from pyopt.parameter import (
-    Parameter, average_type, check_average, check_codes, check_data, check_gradient, check_master, check_no_overlap,
-    check_state, check_state_values, label, overlaps_itself,
+    Parameter, average_type, check_average, check_c_order, check_codes, check_data, check_gradient, check_master,
+    check_no_overlap, check_state, check_state_values, label, overlaps_itself,
 )
 from pyopt.sparse import RowSparse, check_rows
 
@@ -316,6 +316,8 @@ cdef class ArrayWorkspace(Workspace):
             self.look_at_averages(row, index, &p, w)
         w.stream[1] = NULL
         row.read.begin = row.read.end = NULL
+        w.max_row_norm = self.max_row_norm(row)
+        by_row = by_row or w.max_row_norm > 0
         if row.values != NULL:
             self.look_at_values(row, index, &p, w)
             return True
@@ -446,6 +448,8 @@ cdef class ArrayWorkspace(Workspace):
         data = <object>row.data
         what = label(index, <object>row.param)
         check_data(what, data)
+        if self.max_row_norm(row) > 0:
+            check_c_order(what, data)
         for j in range(len(names)):
             if row.state[j] != NULL:
                 check_state(what, names[j], {names[j]: <object>row.state[j]}, data, self.steps_by_row(row))

@@ -105,6 +105,7 @@ cdef struct Work:  # one tensor of one step
     Py_ssize_t start  # the cost of all tensors before it, in elements
     Py_ssize_t size
     const Touched *touched  # the rows of it that are stepped, NULL for all of it as one stretch of memory
+    double max_row_norm  # what the rows that are stepped are kept to; 0 for no bound
     Py_ssize_t slot  # which of the step's sets of numbers
     Py_ssize_t row  # which of the step's parameters
     Py_ssize_t block  # the number of blocks before it, where there are sums

@@ -11,6 +11,7 @@
 cimport cython
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t
+from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
 
 cdef extern from *:
@@ -350,7 +351,10 @@ cdef void narrow(float *to, const double *total, Py_ssize_t n) noexcept nogil:
 
 cdef void run_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Numbers *numbers,
                    double *sums) noexcept nogil:
-    """The rule on touched rows from one element to another, or its sums over them, which begin with those of w."""
+    """The rule on touched rows from one element to another, or its sums over them, which begin with those of w.
+
+    Where the rows are kept to a norm both are at ends of rows.
+    """
     cdef const Touched *t = w.touched
     cdef double room[BLOCK]
     cdef Py_ssize_t i = begin, k, column, n, blocks = (t.width + BLOCK - 1) // BLOCK
@@ -370,6 +374,80 @@ cdef void run_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Number
         run(w, (k if t.row == NULL else t.row[k]) * t.width + column, sum_values(w, codecs, k, column, n, room), n,
             numbers, NULL if sums == NULL else &sums[SUMS * (k * blocks + column // BLOCK)])
         i += n
+        if sums == NULL and w.max_row_norm > 0 and column + n == t.width:
+            keep_norm(w, codecs, k if t.row == NULL else t.row[k], room)
+
+
+cdef void keep_norm(const Work *w, const Codec *codecs, Py_ssize_t row, double *room) noexcept nogil:
+    """Scale a row whose 2-norm is larger than it may be."""
+    cdef Py_ssize_t width = w.touched.width, column = 0, n
+    cdef double total = 0, norm, factor
+    cdef void *p
+    while column < width:
+        n = min(<Py_ssize_t>BLOCK, width - column)
+        p = row_at(w, codecs, row * width + column, n, room)
+        total += sum_of_squares[double](<double *>p, n) if w.is_double else sum_of_squares[float](<float *>p, n)
+        column += n
+    norm = sqrt(total)
+    if not norm > w.max_row_norm:
+        return
+    factor = w.max_row_norm / (norm + 1e-7)
+    column = 0
+    while column < width:
+        n = min(<Py_ssize_t>BLOCK, width - column)
+        p = row_at(w, codecs, row * width + column, n, room)
+        if w.is_double:
+            multiply[double](<double *>p, factor, n)
+        else:
+            multiply[float](<float *>p, factor, n)
+            store_row(w, codecs, row * width + column, n, <float *>p)
+        column += n
+
+
+cdef void *row_at(const Work *w, const Codec *codecs, Py_ssize_t begin, Py_ssize_t n, double *room) noexcept nogil:
+    """Elements of the parameter, of the type that rules compute in: where they lie, or in room."""
+    cdef char *at = <char *>w.stream[0] + begin * size_of(w, codecs, 0)
+    cdef const Codec *c
+    if w.stored == NULL or codecs[w.stored.codec[0]].load == NULL:
+        return at
+    c = &codecs[w.stored.codec[0]]
+    c.load(<float *>room, at, aside_of(w.stored, 0, c, begin), n)
+    return room
+
+
+cdef void store_row(const Work *w, const Codec *codecs, Py_ssize_t begin, Py_ssize_t n, const float *p) noexcept nogil:
+    """Store what row_at has put into room."""
+    cdef const Codec *c
+    if w.stored != NULL and codecs[w.stored.codec[0]].store != NULL:
+        c = &codecs[w.stored.codec[0]]
+        c.store(p, <char *>w.stream[0] + begin * c.size, aside_of(w.stored, 0, c, begin), n, w.stored.key, begin)
+
+
+cdef enum:
+    SQUARES = 8  # partial sums side by side
+
+
+cdef double sum_of_squares(const floating *restrict x, Py_ssize_t n) noexcept nogil:
+    """In double: element i goes into partial sum i % 8, and these are added in pairs."""
+    cdef double part[SQUARES]
+    cdef Py_ssize_t i = 0
+    cdef int j
+    for j in range(SQUARES):
+        part[j] = 0
+    while i + SQUARES <= n:
+        for j in range(SQUARES):
+            part[j] += <double>x[i + j] * <double>x[i + j]
+        i += SQUARES
+    for j in range(<int>(n - i)):
+        part[j] += <double>x[i + j] * <double>x[i + j]
+    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]))
+
+
+cdef void multiply(floating *restrict x, double factor, Py_ssize_t n) noexcept nogil:
+    cdef floating f = <floating>factor
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = x[i] * f
 
 
 cdef enum:
@@ -389,6 +467,9 @@ cdef void run_whole_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const 
             run_long_row(w, k, numbers, room)
         else:
             run_short_rows(w, k, count, numbers, room)
+        if w.max_row_norm > 0:
+            for j in range(1 if t.width > BLOCK else count):
+                keep_norm(w, numbers.kernel.codecs, k + j if t.row == NULL else t.row[k + j], room)
         k += count
 
 
@@ -471,7 +552,7 @@ cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nog
         if w.start >= end:
             break
         numbers = &a.numbers[w.slot] if a.norm == NULL else a.norm
-        rows = numbers.kernel.finish_row32 != NULL
+        rows = numbers.kernel.finish_row32 != NULL or a.norm == NULL and w.max_row_norm > 0  # no cut divides one
         touched = w.touched
         grain = line if w.stored == NULL else <Py_ssize_t>BLOCK
         if touched != NULL and touched.row == NULL and not rows:  # a norm of all of it

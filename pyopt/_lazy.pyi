@@ -13,7 +13,14 @@ def coalesce(what: str, grad: RowSparse, indices: Array, values: Array) -> tuple
 def widened(rule: Rule, array: Array) -> Array: ...
 def narrowed(rule: Rule, numbers: Array, dtype: Any) -> Array: ...
 def step_rows(
-    rule: Rule, scalars: dict[str, float], begin: int, end: int, p: Array, g: Array, *states: Array
+    rule: Rule,
+    scalars: dict[str, float],
+    begin: int,
+    end: int,
+    p: Array,
+    g: Array,
+    *states: Array,
+    max_row_norm: float = 0,
 ) -> None: ...
 
 class RowWrites(Writes):

@@ -69,9 +69,13 @@ def narrowed(Rule rule, numbers, dtype):
     return short
 
 
-def step_rows(Rule rule, dict scalars, Py_ssize_t begin, Py_ssize_t end, p, g, *states):
-    """A rule on the rows from begin to end of arrays, in C order; the gradient's begin at its own first."""
+def step_rows(Rule rule, dict scalars, Py_ssize_t begin, Py_ssize_t end, p, g, *states, double max_row_norm=0):
+    """A rule on the rows from begin to end of arrays, in C order; the gradient's begin at its own first.
+
+    max_row_norm: what the rows are kept to, 0 for no bound.
+    """
     cdef Work w
+    cdef Touched touched
     cdef Numbers numbers
     cdef Py_ssize_t width = p.size // len(p) if len(p) else 0
     cdef int j
@@ -82,6 +86,10 @@ def step_rows(Rule rule, dict scalars, Py_ssize_t begin, Py_ssize_t end, p, g, *
     w.stream[1] = data_of(g)
     for j in range(len(states)):
         w.stream[2 + j] = <char *>data_of(states[j]) + begin * width * <Py_ssize_t>p.itemsize
+    memset(&touched, 0, sizeof(touched))
+    if max_row_norm > 0 and width > 0:
+        touched.count, touched.width = end - begin, width
+        w.touched, w.max_row_norm = &touched, max_row_norm
     numbers.kernel = &rule.kernel
     rule.pack(scalars, numbers.value)
     with nogil:

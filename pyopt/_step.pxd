@@ -149,6 +149,7 @@ cdef class Workspace(Lock):
     cdef Py_ssize_t look_at_rows(self, Row *row, Work *work, const View *p, const void *indices, int itemsize,
                                  Py_ssize_t n, bint *ascending) except -2
     cdef bint steps_by_row(self, Row *row)
+    cdef double max_row_norm(self, const Row *row)
     cdef bint has_codes(self, const Work *work) noexcept
     cdef int take_all_rows(self, Row *row, Work *work, const View *p) except -1
     cdef int order_written(self) except -1

@@ -674,7 +674,7 @@ cdef class Workspace(Lock):
         for k in range(self.n_rows):
             row = &self.rows[k]
             w = &self.work[self.n_work]
-            w.clears, w.touched, w.stored = False, NULL, NULL
+            w.clears, w.touched, w.stored, w.max_row_norm = False, NULL, NULL, 0
             row.work = -1
             if not self.look_at(row, k, w):
                 continue
@@ -732,6 +732,10 @@ cdef class Workspace(Lock):
     cdef bint steps_by_row(self, Row *row):
         """Whether the rule of a row of the step goes row by row over the table that the parameter then is."""
         return not row.beside and (<Plan>self.new_plans[row.group]).rule.kernel.finish_row32 != NULL
+
+    cdef double max_row_norm(self, const Row *row):
+        """What the norm of each row is kept to of the table that the parameter then is; 0 for no bound."""
+        return 0 if row.beside or row.route != KERNEL else (<Plan>self.new_plans[row.group]).max_row_norm
 
     cdef bint has_codes(self, const Work *work) noexcept:
         """Whether a state is in 8 bits, whose scales are those of 256 elements, not of rows."""

@@ -117,12 +117,15 @@ def gradients() -> Iterator[Row]:
 
 
 def rows() -> Iterator[Row]:
-    """Row-sparse ones: their arguments, those of a table of shape (4, 3) in a step, and where they are clipped."""
+    """Row-sparse ones: their arguments, those of a table of shape (4, 3) in a step, its bound, and their clipping."""
     for name, (make, _, _) in test_rows.NEVER.items():
         yield name, make
     for name, (make, _, _) in test_rows.BAD.items():
         table = pyopt.Parameter(np.ones((4, 3)), name="table")
         yield name, lambda make=make, table=table: pyopt.SGD([table]).step(grads=[make()])
+    for cls, value in ((pyopt.SGD, 0), (pyopt.SparseAdam, "1"), (pyopt.Adam, 1.0)):
+        what = f"`{cls.__name__}([table], max_row_norm={value!r})`"
+        yield what, lambda cls=cls, value=value: cls([np.ones((4, 3))], max_row_norm=value)
     for name, (make, _, _) in test_rows_clipping.BAD.items():
         yield f"`clip_grad_norm_`: {name}", lambda make=make: pyopt.clip_grad_norm_([make()], 0.1)
 

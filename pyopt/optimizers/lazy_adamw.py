@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from pyopt.parameter import (
     parameter_ranges,
 )
 from pyopt.sparse import RowSparse, check_rows
+from pyopt.storage import Storage
 
 Array = np.ndarray[Any, Any]
 State = dict[str, Any]
@@ -52,7 +53,8 @@ class LazyAdamW(Optimizer):
     in the touched rows. The others stay behind: a row is right when it was touched in the last step, or after
     `catch_up`. Call `catch_up(table, rows)` before rows are read in training, where the gradients shall be those of
     dense training too, and `catch_up()` before the tables are read as a whole: to evaluate or to save them. What a row
-    missed is made up for step by step, until nothing of its momentum is left; the rest is a product.
+    missed is made up for step by step, until nothing of its momentum is left; the rest is a product. Of the options of
+    pyopt.Storage it has `max_row_norm` alone, which is kept in steps, not in what is made up for.
 
     Args:
         params: parameters or groups of them (see Optimizer), in C order. Gradients are row-sparse (see RowSparse) or
@@ -100,8 +102,10 @@ class LazyAdamW(Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, defaults, **storage)
 
     def _check_types(self, params: list[Parameter], first: int) -> None:
         """It computes in float32 what is shorter."""
@@ -234,12 +238,12 @@ class Table:
         if len(history) > MOST_CHANGES:  # none of them is needed when all rows are at this step
             rows, grad = _with_zeros(rows, grad, data.shape)
             history = history[-1:]
-        is_plain = data.dtype == self.dtype
-        if is_plain and len(rows) == len(state["row_step"]) and (state["row_step"] == step - 1).all():
+        is_plain, most = data.dtype == self.dtype, self.group.get("max_row_norm") or 0
+        if is_plain and not most and len(rows) == len(state["row_step"]) and (state["row_step"] == step - 1).all():
             writes.add_rule(kernels.adam, scalars, data, grad, *self.moments)
         else:
             block = self._caught_up(rows, step - 1)
-            step_rows(kernels.adam, scalars, 0, len(rows), block[0], grad, *block[1:])
+            step_rows(kernels.adam, scalars, 0, len(rows), block[0], grad, *block[1:], max_row_norm=most)
             self._add_block(writes, rows, block)
         writes.add_rows(state["row_step"], rows, np.full(len(rows), step))
         return {**state, "step": step, "history": history}

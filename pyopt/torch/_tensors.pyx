@@ -606,7 +606,8 @@ cdef class TensorWorkspace(Workspace):
         w.stream[1] = NULL
         if row.grad == NULL:
             return True
-        if by_row:
+        w.max_row_norm = self.max_row_norm(row)
+        if by_row or w.max_row_norm > 0:
             if not is_in_c_order(&p):
                 self.leave(row, index, "its rows do not lie one behind the other")
                 return False

@@ -195,19 +195,28 @@ class LazyAdamW(OwnOptimizer, core=pyopt.LazyAdamW):
                 raise ValueError("param is no parameter of this optimizer")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but that the state keeps its types: that of tables of short types is float32."""
-        for index, entry in state_dict["state"].items():
-            for name in STATE[1:]:
-                if is_begun(entry) and not isinstance(entry.get(name), Tensor):
-                    found = type(entry.get(name)).__name__
-                    raise TypeError(f"parameter {index}: state_dict: {name!r} is a {found}, must be a tensor")
-        super().load_state_dict(state_dict)
+        """As torch's, but that the state is copied and keeps its types: that of tables of short types is float32."""
+        loaded: dict[str, Any] = {}
+
+        def look(_: Any, state_dict: dict[str, Any]) -> None:
+            for index, entry in state_dict["state"].items():
+                for name in STATE[1:]:
+                    if is_begun(entry) and not isinstance(entry.get(name), Tensor):
+                        found = type(entry.get(name)).__name__
+                        raise TypeError(f"parameter {index}: state_dict: {name!r} is a {found}, must be a tensor")
+            loaded.update(state_dict)
+
+        hook = self.register_load_state_dict_pre_hook(look)  # the last, which sees what others have made of it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
         params = [p for group in self.param_groups for p in group["params"]]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        saved = [index for group in loaded["param_groups"] for index in group["params"]]
         for p, index in zip(params, saved, strict=True):
-            for name in STATE[1:]:
-                if name in self.state.get(p, {}):
-                    self.state[p][name] = state_dict["state"][index][name].detach().clone()
+            for name in STATE:
+                if isinstance(value := loaded["state"].get(index, {}).get(name), Tensor):
+                    self.state[p][name] = value.detach().clone()
 
     def _step_by_torch(self, left: list[tuple[int, Tensor]], factor: float) -> None:
         raise RuntimeError(

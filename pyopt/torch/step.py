@@ -398,7 +398,7 @@ def refuse_storage(optimizer: Any, left: list[tuple[int, torch.Tensor]], where: 
     """Raise where torch's step would leave out an option of storage."""
     for index, p in left:
         stored = storage.checked(optimizer.param_groups[index])
-        if "state_dtype" in stored or (stored and p.dtype in NAMES):
+        if not stored.keys().isdisjoint(("state_dtype", "max_row_norm")) or (stored and p.dtype in NAMES):
             place = next(i for i, other in enumerate(all_of(optimizer)) if other is p)
             raise RuntimeError(f"parameter {place} has the option {min(stored)!r}, which is not {where}")
 
