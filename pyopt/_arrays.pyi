@@ -1,6 +1,7 @@
 from typing import Any
 
 from pyopt._engine import Outcome
+from pyopt._lazy import Rows
 from pyopt._norms import Batch
 from pyopt._step import Workspace
 
@@ -11,6 +12,8 @@ def update_all(optimizer: Any, grads: list[Any] | None, factor: float) -> Outcom
 class ArrayBatch(Batch):
     @property
     def copied(self) -> list[Any]: ...
+    @property
+    def rows(self) -> list[tuple[int, Rows, Any]]: ...
     def __init__(self, grads: list[Any], owners: list[Any], names: list[Any], writes: bool) -> None: ...
 
 def with_gradients(items: list[Any]) -> list[Any] | None: ...

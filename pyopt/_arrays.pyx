@@ -15,6 +15,7 @@ from pyopt._numpy_arrays cimport (
     PyArray_TYPE, PyArrayObject,
 )
 from pyopt._plans cimport Plan
+from pyopt._rows cimport refuse_rows
 from pyopt._step cimport IDLE, KERNEL, MOST_STEPS, Row, Workspace, hold
 from pyopt._views cimport (
     OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
@@ -28,12 +29,13 @@ import numpy as np
 from numpy import ndarray
 from numpy.ma import MaskedArray
 
+from pyopt._lazy import touched_rows
 from pyopt.checks import count as check_count
 from pyopt.parameter import (
-    Parameter, average_type, check_average, check_codes, check_data, check_gradient, check_master, check_no_overlap,
-    check_state, check_state_values, is_short as is_short_type, label, overlaps_itself,
+    Parameter, average_type, check_average, check_c_order, check_codes, check_data, check_gradient, check_master,
+    check_no_overlap, check_state, check_state_values, is_short as is_short_type, label, overlaps_itself,
 )
-from pyopt.sparse import RowSparse, bad_index, check_rows
+from pyopt.sparse import RowSparse, check_rows
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
@@ -109,11 +111,6 @@ cdef int width_of_index(PyObject *value) noexcept:
     if (size != 4 and size != 8) or not PyArray_ISNOTSWAPPED(array) or not PyArray_FLAGS(array) & NPY_ARRAY_ALIGNED:
         return 0
     return size
-
-
-def descent(indices):
-    """The first place whose index is less than the one before."""
-    return int(np.flatnonzero(np.diff(indices) < 0)[0]) + 1
 
 
 cdef void extent(const View *v, char **begin, char **end) noexcept:
@@ -256,7 +253,7 @@ cdef class ArrayWorkspace(Workspace):
     cdef dict make_state(self, Row *row, Py_ssize_t index, Plan plan, optimizer):
         check_data(label(index, <object>row.param), <object>row.data)  # no state for what cannot be stepped
         made = Workspace.make_state(self, row, index, plan, optimizer)
-        find_bfloat16()  # a first state of that type has imported it
+        find_bfloat16()  # the first state of that type is what imports it
         return made
 
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
@@ -319,6 +316,8 @@ cdef class ArrayWorkspace(Workspace):
             self.look_at_averages(row, index, &p, w)
         w.stream[1] = NULL
         row.read.begin = row.read.end = NULL
+        w.max_row_norm = self.max_row_norm(row)
+        by_row = by_row or w.max_row_norm > 0
         if row.values != NULL:
             self.look_at_values(row, index, &p, w)
             return True
@@ -351,11 +350,11 @@ cdef class ArrayWorkspace(Workspace):
         cdef bint ascending
         cdef Py_ssize_t wrong, n
         cdef int itemsize = width_of_index(row.indices), axis
-        if w.stored != NULL:
+        if self.has_codes(w):
             what = label(index, <object>row.param)
-            raise TypeError(f"{what}: gradient is row-sparse, must go with parameters and state of float32 or float64")
+            raise TypeError(f"{what}: gradient is row-sparse, must be an array where the state is in 8 bits")
         view(row.indices, &i)
-        if (not view(row.values, &g) or g.element != p.element or itemsize == 0 or g.ndim != p.ndim or g.ndim == 0
+        if (not view(row.values, &g) or not go_together(p, &g) or itemsize == 0 or g.ndim != p.ndim or g.ndim == 0
                 or not is_in_c_order(p) or not is_in_c_order(&g)):
             self.refuse(row, index)
         n = g.shape[0]
@@ -365,15 +364,11 @@ cdef class ArrayWorkspace(Workspace):
             if g.shape[axis] != p.shape[axis]:
                 self.refuse(row, index)
         wrong = self.look_at_rows(row, w, p, i.data, itemsize, n, &ascending)
-        what = None
-        if wrong >= 0:
-            what = label(index, <object>row.param)
-            raise IndexError(bad_index(f"{what}: gradient", <object>row.grad, wrong))
-        if not ascending and (<object>row.grad).is_sorted:
-            what = label(index, <object>row.param)
-            at = descent(<object>row.indices)
-            raise ValueError(f"{what}: gradient: indices descend at place {at}, must not with is_sorted=True")
+        if wrong >= 0 or not ascending and (<object>row.grad).is_sorted:
+            refuse_rows(f"{label(index, <object>row.param)}: gradient", <object>row.grad, wrong, ascending)
         w.stream[1] = g.data
+        if is_short(&g):
+            self.note_element(w, 1, &g)
         row.read.begin = g.data
         row.read.end = end_of(&g)
         return 0
@@ -453,6 +448,8 @@ cdef class ArrayWorkspace(Workspace):
         data = <object>row.data
         what = label(index, <object>row.param)
         check_data(what, data)
+        if self.max_row_norm(row) > 0:
+            check_c_order(what, data)
         for j in range(len(names)):
             if row.state[j] != NULL:
                 check_state(what, names[j], {names[j]: <object>row.state[j]}, data, self.steps_by_row(row))
@@ -529,8 +526,9 @@ cdef class ArrayBatch(Batch):
     """Gradients that are gone over at once.
 
     copied: those whose numbers were copied, into the memory order of their parameters or side by side; with the copies.
+    rows: of each RowSparse its place, which rows it has, and its values.
     """
-    cdef readonly list copied
+    cdef readonly list copied, rows
 
     def __init__(self, list grads, list owners, list names, bint writes):
         """grads: arrays, to be written to or not; owners: their Parameters, or None; names: for messages, or None."""
@@ -539,8 +537,11 @@ cdef class ArrayBatch(Batch):
         cdef Py_ssize_t k
         cdef int kind
         find_bfloat16()
-        self.copied = []
+        self.copied, self.rows = [], []
         for k in range(len(grads)):
+            if type(grads[k]) is rows_type:
+                self.add_rows(k, grads[k], owners[k], names[k], writes)
+                continue
             array = <PyObject *>grads[k]
             kind = view(array, &g) if is_array(array) else OTHER
             if kind == OTHER or kind == OF_INT16 or kind == OF_UINT8 or writes and not (
@@ -568,17 +569,42 @@ cdef class ArrayBatch(Batch):
         for grad, copy in self.copied:
             np.copyto(grad, copy)
 
+    cdef int add_rows(self, Py_ssize_t k, grad, owner, name, bint writes) except -1:
+        """Add the gradient of some rows of a table."""
+        what = self.name_of(k, owner, name)
+        indices, values = grad.arrays(what) if owner is None else check_rows(label(k, owner), owner._data, grad)
+        if writes:
+            self.check_writable(what, grad.values)
+        if values.itemsize < 4:
+            raise TypeError(f"{what} is {values.dtype}, must be float32 or float64")
+        rows = touched_rows(what, grad, indices, values)
+        self.add(<char *>PyArray_DATA(<PyArrayObject *>values), values.size,
+                 OF_FLOAT64 if values.itemsize == 8 else OF_FLOAT32, (indices, values), rows)
+        self.rows.append((k, rows, values))
+        if not np.may_share_memory(values, grad.values):
+            self.copied.append((grad.values, values))
+        return 0
+
+    cdef object name_of(self, Py_ssize_t k, owner, name):
+        return f"gradient {name!r}" if name else f"gradient {k}" if owner is None else f"gradient of {label(k, owner)}"
+
+    cdef int check_writable(self, what, array) except -1:
+        if not array.flags.writeable:
+            raise ValueError(f"{what} is read-only, must be writable")
+        if overlaps_itself(array.shape, array.strides, array.itemsize):
+            raise ValueError(f"{what} has strides {array.strides} with shape {array.shape}, must not overlap itself")
+        return 0
+
     cdef int refuse(self, Py_ssize_t k, grad, owner, name) except -1:
-        what = f"gradient {name!r}" if name else f"gradient {k}" if owner is None else f"gradient of {label(k, owner)}"
+        what = self.name_of(k, owner, name)
         if not is_array(<PyObject *>grad):
             raise TypeError(f"{what} is a {type(grad).__name__}, must be an array")
         if not grad.dtype.isnative or not (grad.dtype in ("float32", "float64") or is_short_type(grad.dtype)):
             raise TypeError(f"{what} is {grad.dtype}, must be float32, float64, float16 or bfloat16")
         if owner is not None:
             check_gradient(what, owner._data, grad)
-        if not grad.flags.writeable:
-            raise ValueError(f"{what} is read-only, must be writable")
-        raise ValueError(f"{what} has strides {grad.strides} with shape {grad.shape}, must not overlap itself")
+        self.check_writable(what, grad)
+        raise RuntimeError(f"{what} is changed by another thread while it is looked at")
 
 
 def with_gradients(list items):

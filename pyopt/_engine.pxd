@@ -105,6 +105,7 @@ cdef struct Work:  # one tensor of one step
     Py_ssize_t start  # the cost of all tensors before it, in elements
     Py_ssize_t size
     const Touched *touched  # the rows of it that are stepped, NULL for all of it as one stretch of memory
+    double max_row_norm  # what the rows that are stepped are kept to; 0 for no bound
     Py_ssize_t slot  # which of the step's sets of numbers
     Py_ssize_t row  # which of the step's parameters
     Py_ssize_t block  # the number of blocks before it, where there are sums
@@ -148,8 +149,10 @@ cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *su
                 const Extras *extras) noexcept nogil
 cdef void sum_gradients(const Work *work, Py_ssize_t count, const Numbers *norm, double *sums) noexcept nogil
 
-# The gradient of n elements, at most BLOCK, of the k-th touched row; room has as many doubles.
-cdef const void *sum_values(const Work *w, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n, double *room) noexcept nogil
+# The gradient of n elements, at most BLOCK, of the k-th touched row, in the type that rules compute in; room has as
+# many doubles. codecs may be NULL where nothing is stored in another.
+cdef const void *sum_values(const Work *w, const Codec *codecs, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n,
+                            double *room) noexcept nogil
 
 # A piece of work of another kind than a span, by its number.
 ctypedef void (*Piece)(const void *job, Py_ssize_t index) noexcept nogil

@@ -11,6 +11,7 @@
 cimport cython
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t
+from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
 
 cdef extern from *:
@@ -113,7 +114,7 @@ cdef Py_ssize_t cost_of(const Work *w) noexcept nogil:
 
 cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, const Numbers *numbers,
               double *sums) noexcept nogil:
-    """The rule on n elements with the gradient g, or its sums over them."""
+    """The rule on n elements, or its sums over them; g: their gradient, NULL where it is to be read as it is stored."""
     cdef const Kernel *k = numbers.kernel
     cdef const void *h = &numbers.value[0]
     cdef float *f[2 + STATES]
@@ -123,7 +124,7 @@ cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, cons
     if sums == NULL and k.span32 == NULL:
         return
     if w.stored != NULL:
-        run_stored(w, begin, n, numbers, sums)
+        run_stored(w, begin, <const float *>g, n, numbers, sums)
     elif w.is_double:
         for j in range(2 + STATES):
             d[j] = NULL if w.stream[j] == NULL or j > 1 and by_row else <double *>w.stream[j] + begin
@@ -141,8 +142,8 @@ cdef void run(const Work *w, Py_ssize_t begin, const void *g, Py_ssize_t n, cons
 
 
 cdef const void *gradient_at(const Work *w, Py_ssize_t begin) noexcept nogil:
-    """The gradient of a stretch of memory from an element on."""
-    return NULL if w.stream[1] == NULL else <char *>w.stream[1] + begin * (8 if w.is_double else 4)
+    """The gradient of a stretch of memory from an element on; NULL where it is stored in a type of its own."""
+    return NULL if w.stream[1] == NULL or w.stored != NULL else <char *>w.stream[1] + begin * (8 if w.is_double else 4)
 
 
 cdef char *aside_of(const Stored *stored, int j, const Codec *c, Py_ssize_t begin) noexcept nogil:
@@ -178,9 +179,9 @@ cdef void run_direct(Direct span, const Work *w, Py_ssize_t begin, Py_ssize_t n,
          aside_of(w.stored, 0, &codecs[w.stored.codec[0]], begin))
 
 
-cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Numbers *numbers,
+cdef void run_stored(const Work *w, Py_ssize_t begin, const float *g, Py_ssize_t n, const Numbers *numbers,
                      double *sums) noexcept nogil:
-    """The same where elements must be converted: part by part in the cache, into float32, and rounded once at the end.
+    """As run, where elements must be converted: part by part in the cache, into float32, and rounded once at the end.
 
     n is at most BLOCK where there are sums.
     """
@@ -191,9 +192,10 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
     cdef Work part
     cdef Py_ssize_t m
     cdef int j
-    cdef bint is_norm = sums != NULL and k.finish == NULL  # it looks at the gradient alone
-    cdef bint moves_state = not is_norm and (k.finish == NULL or k.moves_state == (sums != NULL))
-    cdef Direct direct = direct_span(w, k) if sums == NULL else NULL
+    cdef bint by_row = k.finish_row32 != NULL
+    cdef bint is_norm = sums != NULL and k.finish == NULL and not by_row  # it looks at the gradient alone
+    cdef bint moves_state = sums == NULL if k.finish == NULL else k.moves_state == (sums != NULL)
+    cdef Direct direct = direct_span(w, k) if sums == NULL and g == NULL else NULL
     if direct != NULL:
         run_direct(direct, w, begin, n, numbers)
         return
@@ -202,8 +204,10 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
         m = n if sums != NULL else min(<Py_ssize_t>STAGE, n)
         for j in range(2 + STATES):
             c = &k.codecs[stored.codec[j]]
-            if w.stream[j] == NULL or is_norm and j != 1:
+            if w.stream[j] == NULL or is_norm and j != 1 or j > 1 and by_row:
                 part.stream[j] = NULL
+            elif j == 1 and g != NULL:
+                part.stream[j] = <void *>g
             elif c.load == NULL:
                 part.stream[j] = <char *>w.stream[j] + begin * c.size
             else:
@@ -212,11 +216,13 @@ cdef void run_stored(const Work *w, Py_ssize_t begin, Py_ssize_t n, const Number
         run(&part, 0, part.stream[1], m, numbers, sums)
         for j in range(2 + STATES):
             c = &k.codecs[stored.codec[j]]
-            if c.store == NULL or w.stream[j] == NULL or (
+            if c.store == NULL or part.stream[j] == NULL or (
                     sums != NULL if j == 0 else not k.writes_both if j == 1 else not moves_state):
                 continue
             c.store(room[j], <char *>w.stream[j] + begin * c.size, aside_of(stored, j, c, begin), m, stored.key, begin)
         begin += m
+        if g != NULL:
+            g = g + m
         n -= m
 
 
@@ -262,16 +268,23 @@ cdef enum:
     FETCHED = 1024  # bytes of each stream of a row, at most: behind those the CPU sees the pattern
 
 
-cdef void fetch_row(const Work *w, Py_ssize_t k, bint by_row) noexcept nogil:
+cdef Py_ssize_t size_of(const Work *w, const Codec *codecs, int j) noexcept nogil:
+    """Bytes of an element of a stream."""
+    return codecs[w.stored.codec[j]].size if w.stored != NULL else 8 if w.is_double else 4
+
+
+cdef void fetch_row(const Work *w, const Codec *codecs, Py_ssize_t k, bint by_row) noexcept nogil:
     """Have the CPU fetch what the k-th touched row needs, without waiting for it."""
     cdef const Touched *t = w.touched
-    cdef Py_ssize_t size = 8 if w.is_double else 4, i, j, bytes_of_row = min(<Py_ssize_t>FETCHED, t.width * size)
+    cdef Py_ssize_t size, i, j, bytes_of_row
     cdef const char *at
     if k >= t.count or t.row == NULL:
         return
     for j in range(2 + STATES):
         if w.stream[j] == NULL:
             continue
+        size = size_of(w, codecs, j)
+        bytes_of_row = min(<Py_ssize_t>FETCHED, t.width * size)
         if j > 1 and by_row:
             prefetch(<const char *>w.stream[j] + t.row[k] * size)
             continue
@@ -282,24 +295,44 @@ cdef void fetch_row(const Work *w, Py_ssize_t k, bint by_row) noexcept nogil:
             i += 64
 
 
-cdef const void *sum_values(const Work *w, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n, double *room) noexcept nogil:
+cdef const void *sum_values(const Work *w, const Codec *codecs, Py_ssize_t k, Py_ssize_t column, Py_ssize_t n,
+                            double *room) noexcept nogil:
     """The gradient of n elements of the k-th touched row: where its values lie, or the sum of several in room."""
     cdef const Touched *t = w.touched
-    cdef Py_ssize_t size = 8 if w.is_double else 4, i
     cdef const int64_t *place
     if t.row == NULL:
-        return <char *>w.stream[1] + (k * t.width + column) * size
+        return values_at(w, codecs, k * t.width + column, n, <float *>room)
     place = t.place + t.first[k]
     if t.first[k + 1] - t.first[k] == 1:
-        return <char *>w.stream[1] + (place[0] * t.width + column) * size
-    for i in range(t.first[k + 1] - t.first[k]):
-        if w.is_double:
-            add_values[double](room, <double *>w.stream[1] + place[i] * t.width + column, n, i == 0)
-        else:
-            add_values[float](room, <float *>w.stream[1] + place[i] * t.width + column, n, i == 0)
+        return values_at(w, codecs, place[0] * t.width + column, n, <float *>room)
+    add_all_values(w, codecs, place, t.first[k + 1] - t.first[k], column, n, room)
     if not w.is_double:
         narrow(<float *>room, room, n)
     return room
+
+
+cdef const void *values_at(const Work *w, const Codec *codecs, Py_ssize_t begin, Py_ssize_t n,
+                           float *room) noexcept nogil:
+    """Values from an element on, of the type that rules compute in: where they lie, or in room."""
+    cdef const char *at = <const char *>w.stream[1] + begin * size_of(w, codecs, 1)
+    if w.stored == NULL or codecs[w.stored.codec[1]].load == NULL:
+        return at
+    codecs[w.stored.codec[1]].load(room, at, NULL, n)
+    return room
+
+
+cdef void add_all_values(const Work *w, const Codec *codecs, const int64_t *place, Py_ssize_t count, Py_ssize_t column,
+                         Py_ssize_t n, double *room) noexcept nogil:
+    """The sum of the values of several places."""
+    cdef float wide[BLOCK]
+    cdef const void *values
+    cdef Py_ssize_t i
+    for i in range(count):
+        values = values_at(w, codecs, place[i] * w.touched.width + column, n, wide)
+        if w.is_double:
+            add_values[double](room, <const double *>values, n, i == 0)
+        else:
+            add_values[float](room, <const float *>values, n, i == 0)
 
 
 cdef void add_values(double *restrict total, const floating *restrict values, Py_ssize_t n, bint first) noexcept nogil:
@@ -321,13 +354,17 @@ cdef void narrow(float *to, const double *total, Py_ssize_t n) noexcept nogil:
 
 cdef void run_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Numbers *numbers,
                    double *sums) noexcept nogil:
-    """The rule on touched rows from one element to another, or its sums over them, which begin with those of w."""
+    """The rule on touched rows from one element to another, or its sums over them, which begin with those of w.
+
+    Where the rows are kept to a norm both are at ends of rows.
+    """
     cdef const Touched *t = w.touched
     cdef double room[BLOCK]
     cdef Py_ssize_t i = begin, k, column, n, blocks = (t.width + BLOCK - 1) // BLOCK
+    cdef const Codec *codecs = numbers.kernel.codecs
     cdef bint by_row = numbers.kernel.finish_row32 != NULL
     for k in range(AHEAD):
-        fetch_row(w, begin // t.width + k, by_row)
+        fetch_row(w, codecs, begin // t.width + k, by_row)
     if by_row:
         run_whole_rows(w, begin // t.width, end // t.width, numbers, room)
         return
@@ -335,11 +372,85 @@ cdef void run_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const Number
         k = i // t.width
         column = i - k * t.width
         if column == 0 or i == begin:
-            fetch_row(w, k + AHEAD, by_row)
+            fetch_row(w, codecs, k + AHEAD, by_row)
         n = min(min(<Py_ssize_t>BLOCK - column % BLOCK, t.width - column), end - i)
-        run(w, (k if t.row == NULL else t.row[k]) * t.width + column, sum_values(w, k, column, n, room), n, numbers,
-            NULL if sums == NULL else &sums[SUMS * (k * blocks + column // BLOCK)])
+        run(w, (k if t.row == NULL else t.row[k]) * t.width + column, sum_values(w, codecs, k, column, n, room), n,
+            numbers, NULL if sums == NULL else &sums[SUMS * (k * blocks + column // BLOCK)])
         i += n
+        if sums == NULL and w.max_row_norm > 0 and column + n == t.width:
+            keep_norm(w, codecs, k if t.row == NULL else t.row[k], room)
+
+
+cdef void keep_norm(const Work *w, const Codec *codecs, Py_ssize_t row, double *room) noexcept nogil:
+    """Scale a row whose 2-norm is larger than it may be."""
+    cdef Py_ssize_t width = w.touched.width, column = 0, n
+    cdef double total = 0, norm, factor
+    cdef void *p
+    while column < width:
+        n = min(<Py_ssize_t>BLOCK, width - column)
+        p = row_at(w, codecs, row * width + column, n, room)
+        total += sum_of_squares[double](<double *>p, n) if w.is_double else sum_of_squares[float](<float *>p, n)
+        column += n
+    norm = sqrt(total)
+    if not norm > w.max_row_norm:
+        return
+    factor = w.max_row_norm / (norm + 1e-7)
+    column = 0
+    while column < width:
+        n = min(<Py_ssize_t>BLOCK, width - column)
+        p = row_at(w, codecs, row * width + column, n, room)
+        if w.is_double:
+            multiply[double](<double *>p, factor, n)
+        else:
+            multiply[float](<float *>p, factor, n)
+            store_row(w, codecs, row * width + column, n, <float *>p)
+        column += n
+
+
+cdef void *row_at(const Work *w, const Codec *codecs, Py_ssize_t begin, Py_ssize_t n, double *room) noexcept nogil:
+    """Elements of the parameter, of the type that rules compute in: where they lie, or in room."""
+    cdef char *at = <char *>w.stream[0] + begin * size_of(w, codecs, 0)
+    cdef const Codec *c
+    if w.stored == NULL or codecs[w.stored.codec[0]].load == NULL:
+        return at
+    c = &codecs[w.stored.codec[0]]
+    c.load(<float *>room, at, aside_of(w.stored, 0, c, begin), n)
+    return room
+
+
+cdef void store_row(const Work *w, const Codec *codecs, Py_ssize_t begin, Py_ssize_t n, const float *p) noexcept nogil:
+    """Store what row_at has put into room."""
+    cdef const Codec *c
+    if w.stored != NULL and codecs[w.stored.codec[0]].store != NULL:
+        c = &codecs[w.stored.codec[0]]
+        c.store(p, <char *>w.stream[0] + begin * c.size, aside_of(w.stored, 0, c, begin), n, w.stored.key, begin)
+
+
+cdef enum:
+    SQUARES = 8  # partial sums side by side
+
+
+cdef double sum_of_squares(const floating *restrict x, Py_ssize_t n) noexcept nogil:
+    """In double: element i goes into partial sum i % 8, and these are added in pairs."""
+    cdef double part[SQUARES]
+    cdef Py_ssize_t i = 0
+    cdef int j
+    for j in range(SQUARES):
+        part[j] = 0
+    while i + SQUARES <= n:
+        for j in range(SQUARES):
+            part[j] += <double>x[i + j] * <double>x[i + j]
+        i += SQUARES
+    for j in range(<int>(n - i)):
+        part[j] += <double>x[i + j] * <double>x[i + j]
+    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]))
+
+
+cdef void multiply(floating *restrict x, double factor, Py_ssize_t n) noexcept nogil:
+    cdef floating f = <floating>factor
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] = x[i] * f
 
 
 cdef enum:
@@ -354,11 +465,14 @@ cdef void run_whole_rows(const Work *w, Py_ssize_t begin, Py_ssize_t end, const 
     while k < end:
         count = min(most, end - k)
         for j in range(count):
-            fetch_row(w, k + AHEAD + j, True)
+            fetch_row(w, numbers.kernel.codecs, k + AHEAD + j, True)
         if t.width > BLOCK:
             run_long_row(w, k, numbers, room)
         else:
             run_short_rows(w, k, count, numbers, room)
+        if w.max_row_norm > 0:
+            for j in range(1 if t.width > BLOCK else count):
+                keep_norm(w, numbers.kernel.codecs, k + j if t.row == NULL else t.row[k + j], room)
         k += count
 
 
@@ -373,7 +487,7 @@ cdef void run_short_rows(const Work *w, Py_ssize_t k, Py_ssize_t count, const Nu
     cdef Py_ssize_t j
     for j in range(count):
         row[j] = k + j if t.row == NULL else t.row[k + j]
-        g[j] = sum_values(w, k + j, 0, t.width, room + j * t.width)
+        g[j] = sum_values(w, numbers.kernel.codecs, k + j, 0, t.width, room + j * t.width)
         run(w, row[j] * t.width, g[j], t.width, numbers, &total[SUMS * j])
     for j in range(count):
         own[j] = numbers[0]
@@ -394,7 +508,7 @@ cdef void run_long_row(const Work *w, Py_ssize_t k, const Numbers *numbers, doub
         total[j] = 0
     while column < t.width:
         n = min(<Py_ssize_t>BLOCK, t.width - column)
-        run(w, row * t.width + column, sum_values(w, k, column, n, room), n, numbers, part)
+        run(w, row * t.width + column, sum_values(w, numbers.kernel.codecs, k, column, n, room), n, numbers, part)
         for j in range(SUMS):
             total[j] += part[j]
         column += n
@@ -402,16 +516,25 @@ cdef void run_long_row(const Work *w, Py_ssize_t k, const Numbers *numbers, doub
     column = 0
     while column < t.width:
         n = min(<Py_ssize_t>BLOCK, t.width - column)
-        run(w, row * t.width + column, sum_values(w, k, column, n, room), n, &own, NULL)
+        run(w, row * t.width + column, sum_values(w, numbers.kernel.codecs, k, column, n, room), n, &own, NULL)
         column += n
 
 
 cdef void finish_row(const Work *w, Py_ssize_t row, Numbers *own, const double *total) noexcept nogil:
     """Make the sums over a row of the table to the numbers of its step, and to its state."""
+    cdef const Codec *c
+    cdef char *at
+    cdef float state
     if w.is_double:
         own.kernel.finish_row64(own.value, total, w.touched.width, <double *>w.stream[2] + row)
-    else:
+    elif w.stored == NULL or w.stored.codec[2] == PLAIN:
         own.kernel.finish_row32(own.value, total, w.touched.width, <float *>w.stream[2] + row)
+    else:
+        c = &own.kernel.codecs[w.stored.codec[2]]
+        at = <char *>w.stream[2] + row * c.size
+        c.load(&state, at, NULL, 1)
+        own.kernel.finish_row32(own.value, total, w.touched.width, &state)
+        c.store(&state, at, NULL, 1, 0, row)
 
 
 cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
@@ -432,7 +555,7 @@ cdef void run_part(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nog
         if w.start >= end:
             break
         numbers = &a.numbers[w.slot] if a.norm == NULL else a.norm
-        rows = numbers.kernel.finish_row32 != NULL
+        rows = numbers.kernel.finish_row32 != NULL or a.norm == NULL and w.max_row_norm > 0  # no cut divides one
         touched = w.touched
         grain = line if w.stored == NULL else <Py_ssize_t>BLOCK
         if touched != NULL and touched.row == NULL and not rows:  # a norm of all of it

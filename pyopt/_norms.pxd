@@ -1,6 +1,7 @@
 # Many arrays gone over at once: their norm, a factor, a bound.
 
 from pyopt._engine cimport Work
+from pyopt._rows cimport Rows
 
 
 cdef class Batch:
@@ -8,7 +9,7 @@ cdef class Batch:
     cdef Work *work
     cdef Py_ssize_t count, capacity, cost
 
-    cdef int add(self, char *data, Py_ssize_t size, int element, held) except -1
+    cdef int add(self, char *data, Py_ssize_t size, int element, held, Rows rows=*) except -1
     cdef int drop_duplicates(self) except -1
 
 

@@ -6,8 +6,10 @@ from libc.stdlib cimport qsort
 from libc.string cimport memcpy, memset
 
 from pyopt._engine cimport (
-    BFLOAT16, FLOAT16, ROW_COST, SUMS, Numbers, Rule, Stored, Work, blocks_of, number_blocks, sum_gradients, sweep,
+    BFLOAT16, FLOAT16, ROW_COST, SUMS, Numbers, Rule, Stored, Work, blocks_of, cost_of, number_blocks, sum_gradients,
+    sweep,
 )
+from pyopt._rows cimport Rows
 from pyopt._views cimport OF_BFLOAT16, OF_FLOAT16, OF_FLOAT64
 
 from pyopt._isa import kernels
@@ -21,7 +23,7 @@ in_float16.codec[0] = in_float16.codec[1] = FLOAT16
 
 
 cdef class Batch:
-    """Dense arrays, each gone over as one stretch of memory.
+    """Dense arrays, each gone over as one stretch of memory, and values of rows, summed as a step sums them.
 
     A subclass says what it takes: see pyopt/_arrays.pyx, pyopt/torch/_tensors.pyx.
     """
@@ -32,8 +34,8 @@ cdef class Batch:
     def __dealloc__(self):
         PyMem_Free(self.work)
 
-    cdef int add(self, char *data, Py_ssize_t size, int element, held) except -1:
-        """Add an array of elements of a type (_views.pxd), which is held."""
+    cdef int add(self, char *data, Py_ssize_t size, int element, held, Rows rows=None) except -1:
+        """Add an array of elements of a type (_views.pxd), which is held, or the values of some rows of a table."""
         cdef Work *w
         cdef void *block
         if self.count == self.capacity:
@@ -47,8 +49,10 @@ cdef class Batch:
         w.stream[0] = w.stream[1] = data
         w.size, w.is_double, w.start, w.row = size, element == OF_FLOAT64, self.cost, self.count
         w.stored = &in_bfloat16 if element == OF_BFLOAT16 else &in_float16 if element == OF_FLOAT16 else NULL
-        self.cost += size + ROW_COST
-        self.held.append(held)
+        if rows is not None:
+            w.touched = &rows.touched
+        self.cost += cost_of(w) + ROW_COST
+        self.held.append(held if rows is None else (held, rows))
         self.count += 1
         return 0
 
@@ -57,9 +61,17 @@ cdef class Batch:
         return power_sums(self.work, self.count, power, scale)
 
     def apply(self, Rule rule, dict scalars):
-        """Run a rule without state on every array, once on one that was added twice; ValueError if others overlap."""
+        """Run a rule without state on every array, once on one that was added twice; ValueError if others overlap.
+
+        Of rows it is run on their values as they lie, and so they are gone over from then on.
+        """
         cdef Numbers numbers
+        cdef Py_ssize_t k
         self.drop_duplicates()
+        self.cost = 0
+        for k in range(self.count):
+            self.work[k].touched, self.work[k].start = NULL, self.cost
+            self.cost += self.work[k].size + ROW_COST
         numbers.kernel = &rule.kernel
         rule.pack(scalars, numbers.value)
         with nogil:

@@ -17,6 +17,7 @@ cdef class Plan:
     cdef tuple aside_names  # of what it keeps beside its arrays
     cdef object unsigned  # those that are never negative
     cdef bint chance
+    cdef double max_row_norm  # 0 for none
     cdef bint stateless, finite, takes_rows
     cdef object too_large
 

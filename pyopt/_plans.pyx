@@ -101,6 +101,9 @@ cdef Plan new_plan(optimizer, Py_ssize_t g, group, bint counts_steps):
     if plan.storage is not None:
         plan.master_name = storage.MASTERS.get(plan.storage.get("master"))
         plan.chance = plan.storage.get("rounding") == "stochastic"
+        plan.max_row_norm = plan.storage.get("max_row_norm") or 0
+        if plan.max_row_norm:
+            storage.check_for("its class", optimizer, {"max_row_norm": plan.max_row_norm})
         if plan.storage.get("state_dtype") == "8bit":
             storage.check_for("its class", optimizer, plan.storage)
             plan.unsigned = optimizer.unsigned_states

@@ -16,6 +16,16 @@ cdef struct Sorter:  # the memory behind one Touched, used again
     Py_ssize_t capacity
 
 
+cdef class Rows:
+    """The touched rows of one gradient, for as long as it is gone over; they own their memory."""
+    cdef Sorter sorter
+    cdef Touched touched
+
+    cdef Py_ssize_t sort(self, const void *indices, int itemsize, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t width,
+                         bint *ascending) except -2
+
+
+cdef int refuse_rows(what, grad, Py_ssize_t wrong, bint ascending) except -1
 cdef int make_room(Sorter *sorter, Py_ssize_t n) except -1
 cdef void release(Sorter *sorter) noexcept
 cdef Py_ssize_t sort_rows(Sorter *sorter, Touched *touched, const void *indices, int itemsize, Py_ssize_t n,

@@ -5,6 +5,10 @@ from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.string cimport memset
 
+import numpy as np
+
+from pyopt.sparse import bad_index
+
 cdef enum:
     DIGIT = 11  # bits that one pass sorts by, at most
 
@@ -15,6 +19,37 @@ cdef int bit_length(uint64_t x) noexcept nogil:
         n += 1
         x >>= 1
     return n
+
+
+cdef class Rows:
+    def __dealloc__(self):
+        release(&self.sorter)
+
+    @property
+    def count(self):
+        """How many rows there are."""
+        return self.touched.count
+
+    cdef Py_ssize_t sort(self, const void *indices, int itemsize, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t width,
+                         bint *ascending) except -2:
+        """Sort indices of a table of so many rows; the place of the first that is not of it, -1 for none."""
+        cdef Py_ssize_t wrong
+        make_room(&self.sorter, n)
+        wrong = sort_rows(&self.sorter, &self.touched, indices, itemsize, n, rows, ascending)
+        self.touched.width = width
+        if width == 0:
+            self.touched.count = 0
+        return wrong
+
+
+cdef int refuse_rows(what, grad, Py_ssize_t wrong, bint ascending) except -1:
+    """Raise for what sorting the indices of a RowSparse has found."""
+    if wrong >= 0:
+        raise IndexError(bad_index(what, grad, wrong))
+    if grad.is_sorted and not ascending:
+        at = int(np.flatnonzero(np.diff(grad.indices) < 0)[0]) + 1
+        raise ValueError(f"{what}: indices descend at place {at}, must not with is_sorted=True")
+    return 0
 
 
 cdef int make_room(Sorter *sorter, Py_ssize_t n) except -1:

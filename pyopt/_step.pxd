@@ -150,6 +150,8 @@ cdef class Workspace(Lock):
     cdef Py_ssize_t look_at_rows(self, Row *row, Work *work, const View *p, const void *indices, int itemsize,
                                  Py_ssize_t n, bint *ascending) except -2
     cdef bint steps_by_row(self, Row *row)
+    cdef double max_row_norm(self, const Row *row)
+    cdef bint has_codes(self, const Work *work) noexcept
     cdef int take_all_rows(self, Row *row, Work *work, const View *p) except -1
     cdef int order_written(self) except -1
     cdef bint add_written(self, Py_ssize_t row, char *begin, char *end, bint is_gradient=*) except -1
@@ -185,6 +187,7 @@ cdef class Workspace(Lock):
     cdef bint overlap(self, Py_ssize_t first, Py_ssize_t second) except -1
     cdef int tangle(self, Py_ssize_t reader, Py_ssize_t writer) except -1
     cdef bint settle(self, optimizer) except -1
+    cdef int average_left(self) except -1
     cdef int announce(self) except -1
     cdef int make_counts(self, Row *row) except -1
     cdef int store_counts(self, Row *row) noexcept

@@ -162,6 +162,7 @@ cdef class Workspace(Lock):
                 if self.has_extras:
                     with nogil:
                         sweep(self.work, self.n_work, self.numbers, NULL, &self.extras)
+                self.average_left()
                 self.commit()
         finally:
             self.end()
@@ -675,7 +676,7 @@ cdef class Workspace(Lock):
         for k in range(self.n_rows):
             row = &self.rows[k]
             w = &self.work[self.n_work]
-            w.clears, w.touched, w.stored = False, NULL, NULL
+            w.clears, w.touched, w.stored, w.max_row_norm = False, NULL, NULL, 0
             row.work = -1
             if not self.look_at(row, k, w):
                 continue
@@ -733,6 +734,18 @@ cdef class Workspace(Lock):
     cdef bint steps_by_row(self, Row *row):
         """Whether the rule of a row of the step goes row by row over the table that the parameter then is."""
         return not row.beside and (<Plan>self.new_plans[row.group]).rule.kernel.finish_row32 != NULL
+
+    cdef double max_row_norm(self, const Row *row):
+        """What the norm of each row is kept to of the table that the parameter then is; 0 for no bound."""
+        return 0 if row.beside or row.route != KERNEL else (<Plan>self.new_plans[row.group]).max_row_norm
+
+    cdef bint has_codes(self, const Work *work) noexcept:
+        """Whether a state is in 8 bits, whose scales are those of 256 elements, not of rows."""
+        cdef int j
+        for j in range(2, 2 + STATES):
+            if work.stored != NULL and work.stored.codec[j] in (SIGNED_CODES, UNSIGNED_CODES):
+                return True
+        return False
 
     cdef int take_all_rows(self, Row *row, Work *w, const View *p) except -1:
         """Have all rows of the table p stepped."""
@@ -1050,6 +1063,10 @@ cdef class Workspace(Lock):
     cdef bint settle(self, optimizer) except -1:
         """Do what must be done in Python; whether there was something."""
         raise NotImplementedError
+
+    cdef int average_left(self) except -1:
+        """Move the averages of rows that are left to others, or let them change places."""
+        return 0
 
     cdef int announce(self) except -1:
         """Tell others that the arrays will be written to; without Python code."""

@@ -10,17 +10,20 @@ import numpy as np
 
 from pyopt._arrays import ArrayBatch, with_gradients
 from pyopt._isa import kernels
+from pyopt._lazy import summed
 from pyopt._norms import clip_factor, norm_of
 from pyopt.checks import non_negative, positive_or_inf
 from pyopt.parameter import Parameter, check_no_overlap, memory_ranges
+from pyopt.sparse import RowSparse
 
 
 def get_total_norm(tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> float:
     """The norm of all arrays together, as if they were one vector: (sum of |x|**norm_type)**(1 / norm_type).
 
     Args:
-        tensors: float32, float64, float16 or bfloat16 arrays in any memory order: a list, a mapping, nested in each
-            other as they may be. None is passed over; of a `Parameter` it is the gradient.
+        tensors: float32, float64, float16 or bfloat16 arrays in any memory order, and RowSparse of float32 or float64:
+            a list, a mapping, nested in each other as they may be. None is passed over; of a `Parameter` it is the
+            gradient. Of a RowSparse it is the norm of the rows' sums.
         norm_type: > 0; inf takes the largest |x|.
         error_if_nonfinite: whether a norm that is NaN or inf is an error.
 
@@ -31,6 +34,7 @@ def get_total_norm(tensors: Any, norm_type: float = 2.0, error_if_nonfinite: boo
 
     Raises:
         TypeError, ValueError: what is no such array, or an argument out of its bounds.
+        IndexError: an index of a RowSparse that is not of its table.
         RuntimeError: the norm is not finite, and error_if_nonfinite.
 
     Example:
@@ -50,8 +54,9 @@ def clip_grad_norm_(
     `optimizer.step(max_norm=...)` does the same in the step, and leaves the gradients as they are: that is faster.
 
     Args:
-        parameters: Parameters, whose gradients are meant; or writable arrays, which are the gradients. A list, a
-            mapping, nested in each other as they may be; None is passed over.
+        parameters: Parameters, whose gradients are meant; or writable arrays and RowSparse, which are the gradients. A
+            list, a mapping, nested in each other as they may be; None is passed over. Of a RowSparse the values are
+            multiplied.
         max_norm: the norm that is left at most, > 0; inf changes nothing.
         norm_type, error_if_nonfinite: see `get_total_norm`.
 
@@ -59,8 +64,8 @@ def clip_grad_norm_(
         The norm before.
 
     Raises:
-        TypeError, ValueError, RuntimeError: see `get_total_norm`; a gradient that is read-only, or overlaps another in
-            memory and is not the same. Nothing has changed then.
+        TypeError, ValueError, IndexError, RuntimeError: see `get_total_norm`; a gradient that is read-only, or overlaps
+            another in memory and is not the same. Nothing has changed then.
 
     Example:
         >>> w = Parameter(np.zeros(2), grad=np.array([3.0, 4.0]))
@@ -105,7 +110,8 @@ def clip_grad_value_(parameters: Any, clip_value: float) -> None:
     """Bring all elements of the gradients, in place, between -clip_value and clip_value; NaN stays.
 
     Args:
-        parameters: see `clip_grad_norm_`.
+        parameters: see `clip_grad_norm_`. Of a RowSparse the sums of the rows are meant: one that has a row several
+            times gets new indices and values, each row once.
         clip_value: >= 0.
 
     Raises:
@@ -119,7 +125,18 @@ def clip_grad_value_(parameters: Any, clip_value: float) -> None:
     """
     if clip_value != math.inf:
         non_negative("clip_value", clip_value)
-    _batch(parameters).apply(kernels.clamp, {"most": clip_value})
+    grads, owners, names = _gradients(parameters, "parameters")
+    batch = _batch_of(grads, owners, names)
+    once = []
+    for k, rows, values in batch.rows:
+        if rows.count < len(values):
+            once.append((grads[k], RowSparse(*summed(rows, values), grads[k].shape, is_sorted=True)))
+            grads[k] = once[-1][1]
+    if once:
+        batch = _batch_of(grads, owners, names)
+    batch.apply(kernels.clamp, {"most": clip_value})
+    for grad, sums in once:
+        grad.indices, grad.values, grad.is_sorted = sums.indices, sums.values, True
 
 
 def check_norm_type(norm_type: float) -> None:
@@ -148,19 +165,23 @@ def _scale(batch: ArrayBatch, factor: float) -> None:
 
 def _batch(parameters: Any) -> ArrayBatch:
     """The gradients of parameters, to be written to."""
-    grads, owners, names = _gradients(parameters, "parameters")
+    return _batch_of(*_gradients(parameters, "parameters"))
+
+
+def _batch_of(grads: list[Any], owners: list[Parameter | None], names: list[str | None]) -> ArrayBatch:
     batch = ArrayBatch(grads, owners, names, True)
     if batch.copied:  # a batch sees overlaps among those alone that it goes over where they lie
-        unique = {(*ends, array.strides): array for array in grads for *ends, _, _ in memory_ranges([array])}
+        arrays = [grad.values if isinstance(grad, RowSparse) else grad for grad in grads]
+        unique = {(*ends, array.strides): array for array in arrays for *ends, _, _ in memory_ranges([array])}
         check_no_overlap([(b, e, f"gradient {i}", i) for i, (b, e, _) in enumerate(unique)])
     return batch
 
 
 def _gradients(tree: Any, what: str) -> tuple[list[Any], list[Parameter | None], list[str | None]]:
     """Gradients; the Parameters that they are of, None for arrays by themselves; their names in mappings, or None."""
-    if isinstance(tree, (str, Set)) or not isinstance(tree, (Parameter, np.ndarray, Iterable)):
+    if isinstance(tree, (str, Set)) or not isinstance(tree, (Parameter, RowSparse, np.ndarray, Iterable)):
         raise TypeError(f"{what} is a {type(tree).__name__}, must be an iterable of Parameters or arrays, or a mapping")
-    tree = tree if isinstance(tree, (Parameter, np.ndarray, Mapping)) else list(tree)
+    tree = tree if isinstance(tree, (Parameter, RowSparse, np.ndarray, Mapping)) else list(tree)
     if isinstance(tree, list) and (params := with_gradients(tree)) is not None:
         return [p.grad for p in params], params, [None] * len(params)
     grads, owners, names = [], [], []

@@ -57,8 +57,8 @@ class Optimizer:
             raise ValueError(f"name == {name!r}, must be one of {', '.join(NAMES)}")
         self.name = name
         # The class checks the options, and knows the states.
-        if short := sorted(options.keys() & pyopt.Storage.__annotations__.keys()):
-            raise TypeError(f"{name} has no argument {short[0]!r} here: pyopt.jax has no short types")
+        if stored := sorted(options.keys() & pyopt.Storage.__annotations__.keys()):
+            raise TypeError(f"{name} has no argument {stored[0]!r} here: pyopt.jax has none of pyopt.Storage")
         self._optimizer: pyopt.Optimizer = getattr(pyopt, name)([np.zeros(0)], **options)
         self._group: dict[str, Any] = self._optimizer.param_groups[0]
         streams = self._optimizer.state_streams(self._group)

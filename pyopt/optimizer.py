@@ -97,7 +97,7 @@ class Optimizer(Hooked):
         if vars(cls).get("rule") is not None:
             check_declaration(cls, cls.checks)
         if cls.rule is not None and "short_types" not in vars(cls):
-            cls.short_types = cls._move is Optimizer._move and not (cls.rule.by_row or cls.needs_rows)
+            cls.short_types = cls._move is Optimizer._move
         if cls.rule is not None and tuple(cls.state_names) != cls.rule.states:  # they are tied by their order
             raise TypeError(
                 f"{cls.__name__}: state_names is {tuple(cls.state_names)}, must be those of the rule "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pyopt.parameter import check_c_order
+from pyopt.parameter import check_c_order, check_type_beside, is_short
 
 INDICES = (np.dtype(np.int32), np.dtype(np.int64))
 
@@ -17,13 +17,13 @@ class RowSparse:
 
         dense[i] = sum of values[k] over all k with indices[k] == i
 
-    A step of an optimizer that takes it (SGD, Adagrad, SparseAdam, FTRL) costs what the touched rows cost, not the
-    table. A row that stands there several times gets the sum of its values, made in double and rounded once, and is
-    stepped once; the result is the same for every number of threads.
+    A step of an optimizer that takes it (SGD, Adagrad, SparseAdam, FTRL, RowwiseAdagrad, LazyAdamW) costs what the
+    touched rows cost, not the table. A row that stands there several times gets the sum of its values, made in double
+    and rounded once, and is stepped once; the result is the same for every number of threads.
 
     Args:
         indices: int32 or int64 array of shape (n,), 0 <= indices < shape[0], in any order, repeated or not.
-        values: float32 or float64 array of shape (n, *shape[1:]), of the dtype of the parameter.
+        values: float32, float64, float16 or bfloat16 array of shape (n, *shape[1:]); float64 with float64 parameters.
         shape: of the parameter, at least one axis; the parameter must lie in C order.
         is_sorted: a promise that indices do not descend; the step checks it. They are looked at in any case.
 
@@ -33,7 +33,8 @@ class RowSparse:
 
     At the step:
         IndexError: an index that is negative or beyond the table.
-        ValueError: indices that descend though they are promised not to; a shape or dtype that is not the parameter's.
+        TypeError, ValueError: indices that descend though they are promised not to; a shape that is not the
+            parameter's, a dtype that does not go with it.
 
     Example:
         >>> import numpy as np
@@ -67,8 +68,11 @@ class RowSparse:
                 raise TypeError(f"{what}: {name} is a {type(array).__name__}, must be a numpy.ndarray")
         if indices.dtype not in INDICES or not indices.dtype.isnative:
             raise TypeError(f"{what}: indices has dtype {indices.dtype.str} ({indices.dtype}), must be int32 or int64")
-        if values.dtype not in ("float32", "float64") or not values.dtype.isnative:
-            raise TypeError(f"{what}: values has dtype {values.dtype.str} ({values.dtype}), must be float32 or float64")
+        if not values.dtype.isnative or not (values.dtype in ("float32", "float64") or is_short(values.dtype)):
+            raise TypeError(
+                f"{what}: values has dtype {values.dtype.str} ({values.dtype}), must be native float32 or float64, "
+                "float16 or bfloat16"
+            )
         if not self.shape or min(self.shape) < 0:
             raise ValueError(f"{what}: shape is {self.shape}, must have one axis or more, none negative")
         if indices.ndim != 1:
@@ -84,7 +88,7 @@ class RowSparse:
         return self.values.dtype
 
     def to_dense(self) -> np.ndarray[Any, Any]:
-        """The gradient as an array of the whole table, summed as a step sums it.
+        """The gradient as an array of the whole table, summed as a step sums it: of short types in float32.
 
         Raises:
             IndexError: an index that is negative or beyond the table.
@@ -95,7 +99,7 @@ class RowSparse:
             raise IndexError(bad_index("RowSparse", self, int(wrong[0])))
         dense = np.zeros(self.shape, np.float64)
         np.add.at(dense, indices, values.astype(np.float64))
-        return dense.astype(values.dtype)
+        return dense.astype(np.float32 if is_short(values.dtype) else values.dtype)
 
     def __repr__(self) -> str:
         return f"RowSparse({len(self.indices)} rows of shape {self.shape}, dtype={self.values.dtype})"
@@ -113,8 +117,7 @@ def bad_index(what: str, grad: Any, place: int) -> str:
 def check_rows(what: str, data: np.ndarray[Any, Any], grad: RowSparse) -> tuple[Any, Any]:
     """Indices and values of the gradient of a table, in order, if they fit it."""
     indices, values = grad.arrays(f"{what}: gradient")
-    if values.dtype != data.dtype:
-        raise TypeError(f"{what}: gradient: values has dtype {values.dtype}, must be {data.dtype} like the parameter")
+    check_type_beside(f"{what}: gradient: values", values.dtype, data.dtype)
     if grad.shape != data.shape:
         raise ValueError(f"{what}: gradient has shape {grad.shape}, must be {data.shape} like the parameter")
     check_c_order(what, data)

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pyopt.checks import count
+from pyopt.checks import count, positive
 from pyopt.parameter import is_short
 
 
@@ -30,15 +30,28 @@ class Storage(TypedDict, total=False):
         rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters: up or down by chance, so that the
             mean is right; the bits depend on seed, step and element alone. Not with master.
         seed: an int >= 0, for rounding="stochastic".
+        max_row_norm: > 0, in those that take gradients of rows (RowSparse): a row whose 2-norm is larger when a step
+            has touched it is multiplied by max_row_norm / (norm + 1e-7), as torch.nn.Embedding does with max_norm to
+            rows that it looks up. An array as gradient touches all rows; a row is what lies under one index of the
+            first axis. The norm is that of the numbers as they are stored, in double; NaN stays. The parameter must
+            lie in C order. None for no bound.
     """
 
     state_dtype: Any
     master: str | None
     rounding: str
     seed: int
+    max_row_norm: float | None
 
 
-USUAL: Mapping[str, Any] = {"state_dtype": None, "master": None, "rounding": "nearest", "seed": 0, "rounding_step": 0}
+USUAL: Mapping[str, Any] = {
+    "state_dtype": None,
+    "master": None,
+    "rounding": "nearest",
+    "seed": 0,
+    "rounding_step": 0,
+    "max_row_norm": None,
+}
 STATE_DTYPES = ("float32", "bfloat16", "float16", "8bit")
 MASTERS = {"split": "low_bits", "kahan": "compensation"}  # with the names of their state
 LEAST_BLOCKWISE = 4096  # elements, from which 8 bits pay
@@ -63,11 +76,14 @@ def checked(group: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rounding == {found['rounding']!r}, must be 'nearest' or 'stochastic'")
     for key in ("seed", "rounding_step"):
         count(key, found.get(key, 0))
+    if found.get("max_row_norm") is not None:
+        positive("max_row_norm", found["max_row_norm"])
     chance = found.get("rounding") == "stochastic"
     if chance and found.get("master") is not None:
         raise ValueError(f"master == {found['master']!r} with rounding == 'stochastic', must be one of the two")
     if chance:  # the count of its steps goes with it
-        return {"seed": 0, "rounding_step": 0, **found}
+        found = {"seed": 0, "rounding_step": 0, **found}
+        return {key: value for key, value in found.items() if key != "max_row_norm" or value is not None}
     return {key: value for key, value in found.items() if value != USUAL[key]}
 
 
@@ -141,10 +157,18 @@ def master_of(dtype: str, storage: Mapping[str, Any]) -> str | None:
 
 def check_for(name: str, core: Any, storage: Mapping[str, Any]) -> None:
     """Raise for an option that a class of optimizers has not."""
-    if storage and not core.short_types:
-        raise TypeError(f"{name} has no option {min(storage)!r}, as it has no compiled rule")
+    if storage.get("max_row_norm") is not None and not _takes_rows(core):
+        raise TypeError(f"{name} has no option 'max_row_norm', as it takes no gradients of rows")
+    if (others := storage.keys() - {"max_row_norm"}) and not core.short_types:
+        raise TypeError(f"{name} has no option {min(others)!r}, as it has no compiled rule")
     if storage.get("state_dtype") == "8bit" and core.unsigned_states is None:
         raise ValueError(f"state_dtype == '8bit', which {name} has not")
+
+
+def _takes_rows(core: Any) -> bool:
+    """Whether an optimizer, or a class of them, takes gradients of rows with some options."""
+    takes: Any = core.takes_rows
+    return bool(takes(core, {}) if isinstance(core, type) else takes({}))
 
 
 def dtype_of(name: str) -> np.dtype[Any]:

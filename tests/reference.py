@@ -434,3 +434,21 @@ def of_rows(oracle: Any, p: Array, g: Any, s: State, h: State) -> tuple[Array, S
         else:
             s[name] = value
     return p, s
+
+
+def keep_norms(rows: Array, most: float) -> Array:
+    """Rows, computed in their own type, each scaled to a 2-norm of `most` where it has a larger one."""
+    flat = rows.reshape(len(rows), math.prod(rows.shape[1:])).copy()
+    for row in flat:
+        total = 0.0
+        for begin in range(0, len(row), 1024):
+            squares = row[begin : begin + 1024].astype(np.float64) ** 2
+            parts = [0.0] * 8
+            for i, x in enumerate(squares.tolist()):
+                parts[i % 8] += x
+            a, b, c, d, e, f, g, h = parts
+            total += ((a + b) + (c + d)) + ((e + f) + (g + h))
+        norm = math.sqrt(total)
+        if norm > most:
+            row *= row.dtype.type(most / (norm + 1e-7))
+    return flat.reshape(rows.shape)

@@ -205,7 +205,7 @@ def test_bad_names_and_options() -> None:
         pyopt.jax.Adam(lr=-1)
     with pytest.raises(TypeError, match="Adam has no argument 'beta'"):
         pyopt.jax.Adam(beta=0.9)
-    with pytest.raises(TypeError, match=r"no argument 'state_dtype' here: pyopt\.jax has no short types"):
+    with pytest.raises(TypeError, match=r"no argument 'state_dtype' here: pyopt\.jax has none of pyopt\.Storage"):
         pyopt.jax.Adam(state_dtype="bfloat16")
 
 

@@ -389,41 +389,105 @@ def test_checkpoints(cls: Any, oracle: Any, options: dict[str, Any], tmp_path: A
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 GOOD = np.ones((2, 3))
-BAD: list[tuple[Any, type[Exception], str]] = [
-    (lambda: RowSparse([0, -1], GOOD, (4, 3)), IndexError, r"indices\[1\] == -1, must be 0 to 3"),
-    (lambda: RowSparse([4, 0], GOOD, (4, 3)), IndexError, r"indices\[0\] == 4, must be 0 to 3"),
-    (lambda: RowSparse([0, 2**62], GOOD, (4, 3)), IndexError, r"indices\[1\] == 4611686018427387904, must be 0 to 3"),
-    (lambda: RowSparse(np.array([0, -1], np.int32), GOOD, (4, 3)), IndexError, r"indices\[1\] == -1, must be 0 to 3"),
-    (lambda: RowSparse([1, 0], GOOD, (4, 3), is_sorted=True), ValueError, "indices descend at place 1, must not"),
-    (
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "a negative index": (lambda: RowSparse([0, -1], GOOD, (4, 3)), IndexError, r"indices\[1\] == -1, must be 0 to 3"),
+    "an index beyond the table": (
+        lambda: RowSparse([4, 0], GOOD, (4, 3)),
+        IndexError,
+        r"indices\[0\] == 4, must be 0 to 3",
+    ),
+    "an index far beyond the table": (
+        lambda: RowSparse([0, 2**62], GOOD, (4, 3)),
+        IndexError,
+        r"indices\[1\] == 4611686018427387904, must be 0 to 3",
+    ),
+    "a negative index, int32": (
+        lambda: RowSparse(np.array([0, -1], np.int32), GOOD, (4, 3)),
+        IndexError,
+        r"indices\[1\] == -1, must be 0 to 3",
+    ),
+    "indices that descend, is_sorted=True": (
+        lambda: RowSparse([1, 0], GOOD, (4, 3), is_sorted=True),
+        ValueError,
+        "indices descend at place 1, must not",
+    ),
+    "values of another dtype": (
         lambda: RowSparse([0, 1], GOOD.astype(np.float32), (4, 3)),
         TypeError,
         "values has dtype float32, must be float64",
     ),
-    (lambda: RowSparse([0, 1], np.ones((2, 4)), (4, 4)), ValueError, r"shape \(4, 4\), must be \(4, 3\)"),
-    (lambda: RowSparse([0, 1], GOOD, (5, 3)), ValueError, r"shape \(5, 3\), must be \(4, 3\)"),
-    (lambda: RowSparse([0, 1], np.ones(2), (4,)), ValueError, r"shape \(4,\), must be \(4, 3\)"),
-]
-NEVER: list[tuple[Any, type[Exception], str]] = [
-    (lambda: RowSparse([0, 1], np.ones((2, 4)), (4, 3)), ValueError, r"values has shape \(2, 4\), must be \(2, 3\)"),
-    (lambda: RowSparse([0], GOOD, (4, 3)), ValueError, r"values has shape \(2, 3\), must be \(1, 3\)"),
-    (lambda: RowSparse([[0, 1]], GOOD, (4, 3)), ValueError, r"indices has shape \(1, 2\), must have one axis"),
-    (lambda: RowSparse([0.0, 1.0], GOOD, (4, 3)), TypeError, "indices has dtype <f8 .float64., must be int32 or int64"),
-    (lambda: RowSparse(np.array([0, 1], np.uint8), GOOD, (4, 3)), TypeError, "indices has dtype .u1"),
-    (lambda: RowSparse(np.array([True, False]), GOOD, (4, 3)), TypeError, "indices has dtype .b1"),
-    (lambda: RowSparse(np.array([0, 1], ">i8"), GOOD, (4, 3)), TypeError, "indices has dtype >i8"),
-    (
+    "rows of another width": (
+        lambda: RowSparse([0, 1], np.ones((2, 4)), (4, 4)),
+        ValueError,
+        r"shape \(4, 4\), must be \(4, 3\)",
+    ),
+    "a table of another length": (
+        lambda: RowSparse([0, 1], GOOD, (5, 3)),
+        ValueError,
+        r"shape \(5, 3\), must be \(4, 3\)",
+    ),
+    "a table of another number of axes": (
+        lambda: RowSparse([0, 1], np.ones(2), (4,)),
+        ValueError,
+        r"shape \(4,\), must be \(4, 3\)",
+    ),
+}
+NEVER: dict[str, tuple[Any, type[Exception], str]] = {
+    "rows of another width than the shape's": (
+        lambda: RowSparse([0, 1], np.ones((2, 4)), (4, 3)),
+        ValueError,
+        r"values has shape \(2, 4\), must be \(2, 3\)",
+    ),
+    "more values than indices": (
+        lambda: RowSparse([0], GOOD, (4, 3)),
+        ValueError,
+        r"values has shape \(2, 3\), must be \(1, 3\)",
+    ),
+    "indices of two axes": (
+        lambda: RowSparse([[0, 1]], GOOD, (4, 3)),
+        ValueError,
+        r"indices has shape \(1, 2\), must have one axis",
+    ),
+    "indices of float64": (
+        lambda: RowSparse([0.0, 1.0], GOOD, (4, 3)),
+        TypeError,
+        "indices has dtype <f8 .float64., must be int32 or int64",
+    ),
+    "indices of uint8": (
+        lambda: RowSparse(np.array([0, 1], np.uint8), GOOD, (4, 3)),
+        TypeError,
+        "indices has dtype .u1",
+    ),
+    "indices of bool": (lambda: RowSparse(np.array([True, False]), GOOD, (4, 3)), TypeError, "indices has dtype .b1"),
+    "indices in the other byte order": (
+        lambda: RowSparse(np.array([0, 1], ">i8"), GOOD, (4, 3)),
+        TypeError,
+        "indices has dtype >i8",
+    ),
+    "values of int64": (
         lambda: RowSparse([0, 1], GOOD.astype(np.int64), (4, 3)),
         TypeError,
         "values has dtype .*int64.*float32 or float64",
     ),
-    (lambda: RowSparse([0, 1], [[1.0] * 3] * 2, (4, 3)), TypeError, "values is a list, must be a numpy.ndarray"),
-    (lambda: RowSparse({0, 1}, GOOD, (4, 3)), TypeError, "indices is a set, must be a numpy.ndarray"),
-    (lambda: RowSparse([0, 1], np.ones(2), ()), ValueError, r"shape is \(\), must have one axis or more"),
-]
+    "values in a list": (
+        lambda: RowSparse([0, 1], [[1.0] * 3] * 2, (4, 3)),
+        TypeError,
+        "values is a list, must be a numpy.ndarray",
+    ),
+    "indices in a set": (
+        lambda: RowSparse({0, 1}, GOOD, (4, 3)),
+        TypeError,
+        "indices is a set, must be a numpy.ndarray",
+    ),
+    "a shape without axes": (
+        lambda: RowSparse([0, 1], np.ones(2), ()),
+        ValueError,
+        r"shape is \(\), must have one axis or more",
+    ),
+}
 
 
-@pytest.mark.parametrize(("make", "error", "message"), BAD, ids=[message for *_, message in BAD])
+@pytest.mark.parametrize(("make", "error", "message"), BAD.values(), ids=list(BAD))
 @brief
 def test_bad_gradients(cls: Any, oracle: Any, options: Any, make: Any, error: Any, message: str) -> None:
     """The first step, and a later one: named, before anything has changed, here or in the parameter before."""
@@ -441,7 +505,7 @@ def test_bad_gradients(cls: Any, oracle: Any, options: Any, make: Any, error: An
         optimizer.step(grads=[good, good])
 
 
-@pytest.mark.parametrize(("make", "error", "message"), NEVER, ids=[message for *_, message in NEVER])
+@pytest.mark.parametrize(("make", "error", "message"), NEVER.values(), ids=list(NEVER))
 def test_bad_arguments(make: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         make()

@@ -297,3 +297,18 @@ def test_nan_in_codes() -> None:
     assert np.flatnonzero(np.isnan(p.data)).tolist() == [300]
     optimizer.step(grads=[np.ones(4096, np.float32)])
     assert np.flatnonzero(np.isnan(p.data)).tolist() == [*range(256, 512)]
+
+
+def test_first_in_a_process() -> None:
+    """What imports ml_dtypes is the state of the first step."""
+    program = """
+import sys
+import numpy as np
+import pyopt
+
+assert "ml_dtypes" not in sys.modules
+table = np.zeros(3, np.float32)
+pyopt.Adam([table], lr=0.5, state_dtype="bfloat16").step(grads=[np.ones_like(table)])
+assert (table == -0.5).all(), table
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -251,9 +251,9 @@ def test_weight_decay_is_torchs_error(name: str) -> None:
 
 
 def test_other_memory_orders_and_types(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table whose rows do not lie one behind the other, and one of bfloat16, take torch's step."""
-    for make in (lambda: torch.nn.Parameter(new(3, 10).T), lambda: torch.nn.Parameter(new(10, 3).bfloat16())):
-        twins = Twins("SGD", lambda make=make: [make()], {"lr": 0.1})
+    """A table whose rows do not lie one behind the other, and one of complex numbers, take torch's step."""
+    for make in (lambda: new(3, 10).T, lambda: torch.complex(new(10, 3), new(10, 3, seed=1))):
+        twins = Twins("SGD", lambda make=make: [torch.nn.Parameter(make())], {"lr": 0.1})
         for step in range(2):
             for pair in twins.pairs():
                 pair[0].grad = pair[1].grad = rows_of(pair[1], 4, step)
@@ -284,6 +284,24 @@ def test_averages() -> None:
         now = p.detach().clone()
         expected = now if expected is None else expected + 0.5 * (now - expected)
     torch.testing.assert_close(ema.averages[0], expected)
+
+
+def test_averages_behind_a_step_that_is_followed() -> None:
+    """Where torch's own step is made, an average moves behind it, not before."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    p = new_parameters((10, 3))[0]
+    optimizer = optim.SGD([p], lr=0.5)
+    ema = pyopt.averaging.EMA(optimizer, decay=0.0)
+    for step in range(2):
+        p.grad = rows_of(p, 4, step)
+        with Mode():
+            optimizer.step()
+        assert same_bits(ema.averages[0], p.detach())
 
 
 def test_values_that_lie_in_the_table() -> None:

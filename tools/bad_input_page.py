@@ -25,6 +25,8 @@ import test_bad_input  # noqa: E402
 import test_files  # noqa: E402
 import test_lr_scheduler  # noqa: E402
 import test_names  # noqa: E402
+import test_rows  # noqa: E402
+import test_rows_clipping  # noqa: E402
 import test_step_extras  # noqa: E402
 
 PAGE = ROOT / "docs" / "bad_input.md"
@@ -112,6 +114,20 @@ def gradients() -> Iterator[Row]:
         yield f"grads: {text}", lambda grads=grads: test_bad_input.make()[0].step(grads=grads)
     for name, (grads, _, _) in test_names.BAD.items():
         yield f"by name: {name}", lambda grads=grads: pyopt.Adam(test_names.tree()).step(grads=grads)
+
+
+def rows() -> Iterator[Row]:
+    """Row-sparse ones: their arguments, those of a table of shape (4, 3) in a step, its bound, and their clipping."""
+    for name, (make, _, _) in test_rows.NEVER.items():
+        yield name, make
+    for name, (make, _, _) in test_rows.BAD.items():
+        table = pyopt.Parameter(np.ones((4, 3)), name="table")
+        yield name, lambda make=make, table=table: pyopt.SGD([table]).step(grads=[make()])
+    for cls, value in ((pyopt.SGD, 0), (pyopt.SparseAdam, "1"), (pyopt.Adam, 1.0)):
+        what = f"`{cls.__name__}([table], max_row_norm={value!r})`"
+        yield what, lambda cls=cls, value=value: cls([np.ones((4, 3))], max_row_norm=value)
+    for name, (make, _, _) in test_rows_clipping.BAD.items():
+        yield f"`clip_grad_norm_`: {name}", lambda make=make: pyopt.clip_grad_norm_([make()], 0.1)
 
 
 def step_arguments() -> Iterator[Row]:
@@ -238,6 +254,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "Options": options,
     "Keys of groups": keys,
     "Gradients": gradients,
+    "Gradients of rows": rows,
     "Arguments of a step": step_arguments,
     "State": state,
     "Checkpoints": checkpoints,

@@ -16,10 +16,9 @@ INTRODUCTION = """\
 # The optimizers
 
 In the formulas p is the parameter, g its gradient and t the number of the step, from 1 on; operations go element by
-element. All of them are in `pyopt`, for NumPy arrays, and in `pyopt.torch`, for tensors, by the same formula (LazyAdamW
-is for arrays alone); where torch has the class, the options there are torch's.
-Those of `pyopt.Storage` (types of the state, weights that do not stall) go with every one that steps
-[short types](how_to/short_types.md).
+element. All of them are in `pyopt`, for NumPy arrays, and in `pyopt.torch`, for tensors, by the same formula; where
+torch has the class, the options there are torch's. Those of `pyopt.Storage` (types of the state, weights that do not
+stall) go with every one that steps [short types](how_to/short_types.md).
 
 A picture shows the path on two functions of two variables: Rosenbrock's curved valley, (1 - x)² + 100 (y - x²)², and a
 straight one whose curvature is 50 times as large across as along, turned by 30°. It starts at the ring, the star is the

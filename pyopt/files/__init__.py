@@ -203,6 +203,7 @@ def _commit(
 ) -> Any:
     """Check what is in a file that is whole, then do it all; returns what `load` does."""
     parts = checked(document)
+    arrays = {name: side.native(array) for name, array in arrays.items()}
 
     def mapped(name: str, is_tensor: bool) -> Array:
         if name not in arrays:

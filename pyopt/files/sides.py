@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from operator import setitem
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from pyopt import _state_dict
 from pyopt.files.container import BFLOAT16, Array
 from pyopt.optimizer import Optimizer
 from pyopt.parameter import check_data, label
+from pyopt.storage import dtype_of
 
 Call = tuple[Any, ...]  # a function and its arguments
 
@@ -77,6 +78,13 @@ class Side:
         return as_array(where, value)
 
     # --- load -----------------------------------------------------------------------------------------------------
+
+    def native(self, array: Array) -> Array:
+        """An array of the file as the side has such: of bfloat16 as that of ml_dtypes, where there is that package."""
+        if array.dtype == BFLOAT16:
+            with suppress(ImportError):
+                return array.view(dtype_of("bfloat16"))
+        return array
 
     def parameter_writes(self, values: Sequence[Array | None]) -> list[Call]:
         """The calls that write the parameters, all checked; those without a value stay as they are."""

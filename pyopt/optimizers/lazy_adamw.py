@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
 from pyopt import _state_dict
 from pyopt._asked import Asked
 from pyopt._isa import kernels
-from pyopt._lazy import RowWrites, coalesce, step_rows
+from pyopt._lazy import RowWrites, coalesce, narrowed, step_rows, widened
 from pyopt._matrix import Writes, check_scalars
 from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers.adamw import AdamW
 from pyopt.parameter import (
     Parameter,
+    Range,
     apart_from,
+    average_type,
     check_c_order,
     check_data,
     check_gradient,
@@ -31,9 +33,12 @@ from pyopt.parameter import (
     parameter_ranges,
 )
 from pyopt.sparse import RowSparse, check_rows
+from pyopt.storage import Storage
 
 Array = np.ndarray[Any, Any]
 State = dict[str, Any]
+Scalars = Callable[[Group, int], dict[str, float]]
+STATE = ("step", "exp_avg", "exp_avg_sq", "row_step", "history")
 OPTIONS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 CHUNK = 1 << 14  # rows that are brought up to date together
 MOST_CHANGES = 4096  # of the options, kept until all rows are brought up to date
@@ -48,11 +53,12 @@ class LazyAdamW(Optimizer):
     in the touched rows. The others stay behind: a row is right when it was touched in the last step, or after
     `catch_up`. Call `catch_up(table, rows)` before rows are read in training, where the gradients shall be those of
     dense training too, and `catch_up()` before the tables are read as a whole: to evaluate or to save them. What a row
-    missed is made up for step by step, until nothing of its momentum is left; the rest is a product.
+    missed is made up for step by step, until nothing of its momentum is left; the rest is a product. Of the options of
+    pyopt.Storage it has `max_row_norm` alone, which is kept in steps, not in what is made up for.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer), in C order. Gradients are row-sparse
-            (see RowSparse) or arrays; an array touches all rows.
+        params: parameters or groups of them (see Optimizer), in C order. Gradients are row-sparse (see RowSparse) or
+            arrays; an array touches all rows.
         lr: learning rate, >= 0.
         betas: decay of the two moving means, each >= 0 and < 1.
         eps: added to the root, >= 0.
@@ -60,7 +66,8 @@ class LazyAdamW(Optimizer):
         maximize: ascend instead of descend.
 
     State: "step" (t), "exp_avg" (m), "exp_avg_sq" (v) per parameter, "row_step", the last step of each row, and
-    "history": from which step on lr, both betas, eps and weight_decay were what.
+    "history": from which step on lr, both betas, eps and weight_decay were what. Beside float16 and bfloat16 parameters
+    m and v are float32; what a row has missed and its step are computed in float32, and rounded once.
 
     Raises:
         TypeError, ValueError: see Optimizer; a parameter that is not in C order.
@@ -95,8 +102,13 @@ class LazyAdamW(Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, defaults, **storage)
+
+    def _check_types(self, params: list[Parameter], first: int) -> None:
+        """It computes in float32 what is shorter."""
 
     def takes_rows(self, group: Group) -> bool:
         return True
@@ -113,56 +125,15 @@ class LazyAdamW(Optimizer):
         """What a step writes, computed aside."""
         params = self._checked()
         given = [p.grad for _, p, _ in params] if grads is None else grads
-        ranges = parameter_ranges(p for _, p, _ in params)
-        found = []
+        tables = []
         for i, ((group, p, entry), grad) in enumerate(zip(params, given, strict=True)):
-            if grad is None:
-                continue
-            what, data = label(i, p), check_data(label(i, p), p.data)
-            check_c_order(what, data)
-            state = _state_of(what, entry, data)
-            for name in ("exp_avg", "exp_avg_sq"):
-                ranges += [(b, e, f"{what}: state {name!r}", -1) for b, e, _, _ in memory_ranges([state[name]])]
-            if isinstance(grad, RowSparse):
-                rows, grad = coalesce(what, grad, *check_rows(what, data, grad))
-            else:
-                rows, grad = np.arange(len(state["row_step"])), check_gradient(what, data, grad)
-            found.append((group, data, entry, state, rows, grad))
-        ranges = check_no_overlap(ranges)
-        writes = RowWrites()
-        for group, data, entry, state, rows, grad in found:
-            self._add(writes, group, data, entry, state, rows, np.ascontiguousarray(apart_from(ranges, grad)), factor)
+            if grad is not None:
+                tables.append((entry, Table(label(i, p), group, p.data, entry, self.scalars), grad))
+        ranges = parameter_ranges(p for _, p, _ in params)
+        writes, news = prepare([(table, grad) for _, table, grad in tables], ranges, factor)
+        for (entry, _, _), new in zip(tables, news, strict=True):
+            writes.add_entry(entry, new)
         return writes
-
-    def _add(
-        self,
-        writes: RowWrites,
-        group: Group,
-        data: Array,
-        entry: State,
-        state: State,
-        rows: Array,
-        grad: Array,
-        factor: float,
-    ) -> None:
-        """Add the step of some rows of a table, each once, with their gradients."""
-        step = min(state["step"] + 1, MOST_STEPS)
-        scalars = self.scalars(group, step)
-        scalars["gradient_factor"] *= factor
-        check_scalars(data.dtype, scalars)
-        history = _with(state["history"], step, group)
-        if len(history) > MOST_CHANGES:  # none of them is needed when all rows are at this step
-            rows, grad = _with_zeros(rows, grad, data)
-            history = history[-1:]
-        if len(rows) == len(state["row_step"]) and (state["row_step"] == step - 1).all():
-            writes.add_rule(kernels.adam, scalars, data, grad, state["exp_avg"], state["exp_avg_sq"])
-        else:
-            block = self._caught_up(group, data, state, rows, step - 1)
-            step_rows(kernels.adam, scalars, 0, len(rows), block[0], grad, *block[1:])
-            for table, numbers in zip((data, state["exp_avg"], state["exp_avg_sq"]), block, strict=True):
-                writes.add_rows(table, rows, numbers)
-        writes.add_rows(state["row_step"], rows, np.full(len(rows), step))
-        writes.add_entry(entry, {**state, "step": step, "history": history})
 
     def _checked(self) -> list[tuple[Group, Parameter, State]]:
         """Group, parameter and state of each parameter."""
@@ -186,6 +157,7 @@ class LazyAdamW(Optimizer):
 
         Raises:
             ValueError: param is none of the optimizer.
+            TypeError: rows that are no integers.
             IndexError: a row that is not of the table.
         """
         with self._workspace:
@@ -194,43 +166,135 @@ class LazyAdamW(Optimizer):
                 if param is not None and param is not p and param is not p.data:
                     continue
                 found = True
-                if not entry.keys().isdisjoint(("step", "row_step")):
-                    self._catch_up(label(i, p), group, check_data(label(i, p), p.data), entry, rows)
+                if is_begun(entry):
+                    table = Table(label(i, p), group, p.data, entry, self.scalars)
+                    entry["history"] = table.catch_up(rows)
             if not found:
                 raise ValueError("param is no parameter of this optimizer")
 
-    def _catch_up(self, what: str, group: Group, data: Array, entry: State, rows: Any) -> None:
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _check_entry(self, what: str, entry: State, p: Parameter, group: Group) -> None:
+        if not is_begun(entry):
+            return
+        for name in STATE:
+            if name not in entry:
+                raise KeyError(f"{what}: state_dict has no {name!r}, only {sorted(map(str, entry))}")
+        entry["step"] = _state_dict.saved_count(f"{what}: state_dict: step", entry["step"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            check_state_values(what, name, entry, p.data)
+            _check_type(what, name, entry[name], p.data)
+        _check_rows_of_state(what, entry, p.data)
+        last = entry["row_step"]
+        if last.size and not 0 <= last.min() <= last.max() <= entry["step"]:
+            raise ValueError(
+                f"{what}: state_dict: row_step is {last.min()} to {last.max()}, must be 0 to step == {entry['step']}"
+            )
+
+
+def is_begun(entry: State) -> bool:
+    """Whether an entry of the state is one of the optimizer's, not the user's own alone."""
+    return not entry.keys().isdisjoint(STATE)
+
+
+class Table:
+    """A parameter, checked, and its state as arrays, a new one at first: what a step makes of some of its rows.
+
+    Args:
+        what: begins the messages.
+        group: the hyper-parameters, as Python numbers.
+        data: the array of the parameter.
+        entry: its state, with the step as a number; not written to.
+        scalars: the numbers of the rule, of a group and a step.
+    """
+
+    def __init__(self, what: str, group: Group, data: Any, entry: State, scalars: Scalars) -> None:
+        self.what, self.group, self.scalars = what, group, scalars
+        self.data = check_data(what, data)
         check_c_order(what, data)
-        state = _state_of(what, entry, data)
-        step = state["step"]
-        if rows is None:
-            behind = np.flatnonzero(state["row_step"] < step)
+        self.state = _state_of(what, entry, data)
+        self.dtype = average_type(self.data.dtype)  # that it computes in
+
+    @property
+    def moments(self) -> tuple[Array, Array]:
+        return self.state["exp_avg"], self.state["exp_avg_sq"]
+
+    def touched(self, grad: Any) -> tuple[Array, Array]:
+        """The rows of a gradient, each once, and the sum of its values."""
+        if isinstance(grad, RowSparse):
+            indices, values = check_rows(self.what, self.data, grad)
+            return coalesce(f"{self.what}: gradient", grad, indices, values.astype(self.dtype, copy=False))
+        grad = check_gradient(self.what, self.data, grad)
+        return np.arange(len(self.state["row_step"])), grad.astype(self.dtype, copy=False)
+
+    def add_step(self, writes: RowWrites, rows: Array, grad: Array, factor: float) -> State:
+        """Add the step of some rows, each once, with their gradients; the state behind it."""
+        data, state = self.data, self.state
+        step = min(state["step"] + 1, MOST_STEPS)
+        scalars = dict(self.scalars(self.group, step))
+        scalars["gradient_factor"] *= factor
+        check_scalars(self.dtype, scalars)
+        history = _with(state["history"], step, self.group)
+        if len(history) > MOST_CHANGES:  # none of them is needed when all rows are at this step
+            rows, grad = _with_zeros(rows, grad, data.shape)
+            history = history[-1:]
+        is_plain, most = data.dtype == self.dtype, self.group.get("max_row_norm") or 0
+        if is_plain and not most and len(rows) == len(state["row_step"]) and (state["row_step"] == step - 1).all():
+            writes.add_rule(kernels.adam, scalars, data, grad, *self.moments)
         else:
-            behind = np.unique(np.asarray(rows).astype(np.int64, casting="safe"))
-            if len(behind) and not 0 <= behind[0] <= behind[-1] < len(state["row_step"]):
-                wrong = behind[0] if behind[0] < 0 else behind[-1]
-                raise IndexError(f"{what}: rows has {int(wrong)}, must be 0 to {len(state['row_step']) - 1}")
-            behind = behind[state["row_step"][behind] < step]
+            block = self._caught_up(rows, step - 1)
+            step_rows(kernels.adam, scalars, 0, len(rows), block[0], grad, *block[1:], max_row_norm=most)
+            self._add_block(writes, rows, block)
+        writes.add_rows(state["row_step"], rows, np.full(len(rows), step))
+        return {**state, "step": step, "history": history}
+
+    def catch_up(self, rows: Any) -> Array:
+        """Bring some rows to the last step, None for all of them; the history behind it."""
+        state, step = self.state, self.state["step"]
+        behind = self._behind(rows)
         for begin in range(0, len(behind), CHUNK):
             some = behind[begin : begin + CHUNK]
             writes = RowWrites()
-            block = self._caught_up(group, data, state, some, step)
-            for table, numbers in zip((data, state["exp_avg"], state["exp_avg_sq"]), block, strict=True):
-                writes.add_rows(table, some, numbers)
+            self._add_block(writes, some, self._caught_up(some, step))
             writes.add_rows(state["row_step"], some, np.full(len(some), step))
             writes.apply()
-        if rows is None:
-            entry["history"] = state["history"][-1:]
+        history: Array = state["history"]
+        return history[-1:] if rows is None else history
 
-    def _caught_up(self, group: Group, data: Array, state: State, rows: Array, until: int) -> list[Array]:
-        """Copies of p, m and v of some rows as they are after the step `until`."""
+    def _add_block(self, writes: RowWrites, rows: Array, block: list[Array]) -> None:
+        """Add new numbers of p, m and v of some rows."""
+        if self.data.dtype != self.dtype:
+            block = [narrowed(kernels.adam, block[0], self.data.dtype), *block[1:]]
+        for table, numbers in zip((self.data, *self.moments), block, strict=True):
+            writes.add_rows(table, rows, numbers)
+
+    def _behind(self, rows: Any) -> Array:
+        """Those of some rows that have missed steps, None for all, each once and in order."""
+        last, step = self.state["row_step"], self.state["step"]
+        if rows is None:
+            return np.flatnonzero(last < step)
+        rows = np.asarray(rows)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise TypeError(f"{self.what}: rows has dtype {rows.dtype}, must be of integers")
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(last):
+            wrong = rows.min() if rows.min() < 0 else rows.max()
+            raise IndexError(f"{self.what}: rows has {int(wrong)}, must be 0 to {len(last) - 1}")
+        unique: Array = np.unique(rows.astype(np.int64))
+        behind: Array = unique[last[unique] < step]
+        return behind
+
+    def _caught_up(self, rows: Array, until: int) -> list[Array]:
+        """Copies of p, m and v of some rows as they are after the step `until`, of the type that is computed in."""
+        data, state = self.data, self.state
         last = state["row_step"][rows]
         order = np.argsort(last, kind="stable")
         last = last[order]
-        tables = [table.reshape(len(state["row_step"]), -1) for table in (data, state["exp_avg"], state["exp_avg_sq"])]
+        tables = [table.reshape(len(state["row_step"]), -1) for table in (data, *self.moments)]
         block = [np.ascontiguousarray(table[rows[order]]) for table in tables]
+        if data.dtype != self.dtype:
+            block[0] = widened(kernels.adam, block[0])
         history = state["history"]
-        window = _window(history, data.dtype)
+        window = _window(history, self.dtype)
         zeros = np.zeros_like(block[0])
         step = int(last[0]) + 1 if len(last) else until + 1
         while step <= until:  # rows that were last touched in [step - window, step) take this step
@@ -240,47 +304,66 @@ class LazyAdamW(Optimizer):
                     break
                 step = int(last[end]) + 1
                 continue
-            scalars = self.scalars(_options(history, step, group), step)
+            scalars = self.scalars(_options(history, step, self.group), step)
             step_rows(kernels.adam, scalars, int(first), int(end), block[0], zeros, *block[1:])
             step += 1
         late = last < until - window
         if late.any():
             for array, factor in zip(block, _factors(history, last[late] + window, until), strict=True):
-                array[late] *= factor[:, None].astype(data.dtype)
+                array[late] *= factor[:, None].astype(self.dtype)
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return [array[back].reshape(len(rows), *data.shape[1:]) for array in block]
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _check_entry(self, what: str, entry: State, p: Parameter, group: Group) -> None:
-        if entry.keys().isdisjoint(("step", "exp_avg", "exp_avg_sq", "row_step", "history")):
-            return
-        for name in ("step", "exp_avg", "exp_avg_sq", "row_step", "history"):
-            if name not in entry:
-                raise KeyError(f"{what}: state_dict has no {name!r}, only {sorted(map(str, entry))}")
-        entry["step"] = _state_dict.saved_count(f"{what}: state_dict: step", entry["step"])
-        for name in ("exp_avg", "exp_avg_sq"):
-            check_state_values(what, name, entry, p.data)
-        _check_rows_of_state(what, entry, p.data)
+def prepare(
+    tables: Sequence[tuple[Table, Any]], parameters: Iterable[Range], factor: float
+) -> tuple[RowWrites, list[State]]:
+    """What a step writes, and the state of each table behind it; nothing is written here.
+
+    Args:
+        tables: with their gradients.
+        parameters: where all parameters lie in memory.
+        factor: what the gradients count times.
+    """
+    ranges = list(parameters)
+    found = []
+    for table, grad in tables:
+        for name in ("exp_avg", "exp_avg_sq", "row_step"):
+            ranges += [(b, e, f"{table.what}: state {name!r}", -1) for b, e, _, _ in memory_ranges([table.state[name]])]
+        found.append((table, *table.touched(grad)))
+    ranges = check_no_overlap(ranges)
+    writes = RowWrites()
+    news = []
+    for table, rows, grad in found:
+        grad = np.ascontiguousarray(apart_from(ranges, grad))
+        news.append(table.add_step(writes, rows, grad, factor))
+    return writes, news
 
 
 def _state_of(what: str, entry: State, data: Array) -> State:
     """The state of a parameter, a new one at first."""
     rows = data.shape[:1] if data.ndim else (1,)
-    if entry.keys().isdisjoint(("step", "exp_avg", "exp_avg_sq", "row_step", "history")):
-        zeros = [np.zeros_like(data, subok=False) for _ in range(2)]
+    if not is_begun(entry):
+        zeros = [np.zeros_like(data, average_type(data.dtype), subok=False) for _ in range(2)]
         none = np.empty((0, 1 + len(OPTIONS)))
         new = {"exp_avg": zeros[0], "exp_avg_sq": zeros[1], "row_step": np.zeros(rows, np.int64), "history": none}
         return {"step": 0, **new}
-    for name in ("step", "row_step", "history"):
+    for name in STATE:
         if name not in entry:
             raise KeyError(f"{what}: state has no {name!r}, only {sorted(map(str, entry))}")
     for name in ("exp_avg", "exp_avg_sq"):
         check_state(what, name, entry, data)
+        _check_type(what, name, entry[name], data)
     _check_rows_of_state(what, entry, data)
     step = _state_dict.saved_count(f"{what}: state 'step'", entry["step"])
-    return {**{name: entry[name] for name in ("exp_avg", "exp_avg_sq", "row_step", "history")}, "step": step}
+    return {**{name: entry[name] for name in STATE}, "step": step}
+
+
+def _check_type(what: str, name: str, array: Array, data: Array) -> None:
+    """Raise unless a state is of the type that its parameter is computed in."""
+    if array.dtype != (expected := average_type(data.dtype)):
+        raise TypeError(f"{what}: state {name!r} has dtype {array.dtype}, must be {expected}")
 
 
 def _check_rows_of_state(what: str, entry: State, data: Array) -> None:
@@ -339,8 +422,8 @@ def _factors(history: Array, since: Array, until: int) -> list[Array]:
         return [np.exp(np.where(steps > 0, steps * rate[None, :], 0).sum(1)) for rate in rates]
 
 
-def _with_zeros(rows: Array, grad: Array, data: Array) -> tuple[Array, Array]:
+def _with_zeros(rows: Array, grad: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """All rows of a table, those without a gradient with one of zero."""
-    whole = np.zeros_like(data)
+    whole = np.zeros(shape, grad.dtype)
     whole.reshape(-1, *grad.shape[1:])[rows] = grad
     return np.arange(len(whole)), whole

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.optimizer import Group, Optimizer
 from pyopt.optimizers._decay import decay
+from pyopt.storage import Storage
 
 
 class RowwiseAdagrad(Optimizer):
@@ -21,7 +22,7 @@ class RowwiseAdagrad(Optimizer):
     Gradients are arrays, or row-sparse (see RowSparse): then it steps the touched rows alone, decay included.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer), in C order.
+        params: parameters or groups of them (see Optimizer), in C order.
         lr: learning rate, >= 0.
         eps: added to the root, >= 0.
         weight_decay: factor of the L2 penalty, >= 0; see decoupled_weight_decay.
@@ -62,6 +63,7 @@ class RowwiseAdagrad(Optimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -73,6 +75,7 @@ class RowwiseAdagrad(Optimizer):
                 maximize=maximize,
                 decoupled_weight_decay=decoupled_weight_decay,
             ),
+            **storage,
         )
 
     def takes_rows(self, group: Group) -> bool:

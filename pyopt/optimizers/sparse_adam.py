@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from pyopt._isa import kernels
 from pyopt.checks import positive
 from pyopt.optimizer import Group, Optimizer
+from pyopt.storage import Storage
 
 
 class SparseAdam(Optimizer):
@@ -21,7 +22,7 @@ class SparseAdam(Optimizer):
     in the touched rows; t counts the steps of the whole table.
 
     Args:
-        params: parameters or groups of them, float32 or float64 (see Optimizer), in C order; their gradients must be
+        params: parameters or groups of them (see Optimizer), in C order; their gradients must be
             row-sparse (see RowSparse).
         lr: learning rate, > 0.
         betas: decay of the two moving means, each >= 0 and < 1.
@@ -60,8 +61,9 @@ class SparseAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         maximize: bool = False,
+        **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, maximize=maximize))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, maximize=maximize), **storage)
 
     def scalars(self, group: Group, step: int) -> dict[str, float]:
         beta1, beta2 = group["betas"]

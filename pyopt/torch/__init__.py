@@ -21,6 +21,7 @@ from pyopt.torch.convert import to_torch as to_torch
 from pyopt.torch.explain import explain as explain
 from pyopt.torch.flat import flatten as flatten
 from pyopt.torch.flat import unflatten as unflatten
+from pyopt.torch.lazy import LazyAdamW as LazyAdamW
 from pyopt.torch.matrices import MuonAdamW as MuonAdamW
 from pyopt.torch.optimizers import *  # noqa: F403
 from pyopt.torch.torchao import from_torchao as from_torchao

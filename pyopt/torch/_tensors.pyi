@@ -3,6 +3,7 @@ from typing import Any
 
 import torch
 
+from pyopt._lazy import Rows
 from pyopt._norms import Batch
 from pyopt._step import Workspace
 
@@ -26,6 +27,8 @@ class TensorBatch(Batch):
     def places(self) -> list[int]: ...
     @property
     def copied(self) -> list[torch.Tensor]: ...
+    @property
+    def rows(self) -> list[tuple[int, Rows, torch.Tensor]]: ...
     def __init__(self, grads: list[torch.Tensor], params: list[Any]) -> None: ...
 
 class Flat:

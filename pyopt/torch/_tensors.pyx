@@ -22,6 +22,7 @@ from pyopt._asked cimport FILL, RAISE, Average
 from pyopt._engine cimport AVERAGES, BFLOAT16, PLAIN, STATES, Averaged, Rule, Work
 from pyopt._norms cimport Batch, power_sums
 from pyopt._plans cimport Plan
+from pyopt._rows cimport Rows
 from pyopt._step cimport COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Row, Workspace, hold
 from pyopt._views cimport (
     OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
@@ -292,7 +293,7 @@ class BlockLeft(RuntimeError):
 
 cdef class TensorWorkspace(Workspace):
     """The steps of one torch optimizer."""
-    # Of this step: per row that is left [why, its memory, whether torch has done what there is to do].
+    # Of this step: per row that is left [why, its memory, whether torch has stepped it, and moved its averages].
     cdef dict left
     cdef bint dry  # only to say what would be done
     cdef bint has_int_steps  # the state counts steps in an int, not in a tensor
@@ -368,7 +369,7 @@ cdef class TensorWorkspace(Workspace):
                 self.note_memory(memory, value)
         if self.left is None:
             self.left = {}
-        self.left[index] = [reason, memory, False]
+        self.left[index] = [reason, memory, False, False]
         row.route = LEFT
         row.careful = True
         row.must_copy = row.has_copy = False
@@ -453,8 +454,8 @@ cdef class TensorWorkspace(Workspace):
     cdef bint take_rows(self, Row *row) except -1:
         """Take indices and values of a gradient of rows of a table; whether it is one that the kernels can walk."""
         param, grad = <object>row.param, <object>row.grad
-        if (row.beside or self.averages or grad.layout is not sparse_layout or row.data != row.param
-                or grad.shape != param.shape or grad.sparse_dim() != 1):
+        if (row.beside and not self.bare_rows or self.averages or grad.layout is not sparse_layout
+                or row.data != row.param or grad.shape != param.shape or grad.sparse_dim() != 1):
             return False
         grad = grad.detach()
         values, indices = grad._values().contiguous(), grad._indices()[0].contiguous()
@@ -623,15 +624,16 @@ cdef class TensorWorkspace(Workspace):
         w.stream[1] = NULL
         if row.grad == NULL:
             return True
-        if by_row:
-            if not is_in_c_order(&p) or w.stored != NULL:
-                self.leave(row, index, "its rows do not lie one behind the other, or its type is a short one")
+        w.max_row_norm = self.max_row_norm(row)
+        if by_row or w.max_row_norm > 0:
+            if not is_in_c_order(&p):
+                self.leave(row, index, "its rows do not lie one behind the other")
                 return False
             self.take_all_rows(row, w, &p)
         if row.values != NULL:
             return self.look_at_values(row, index, &p, w)
         if not self.view(row.grad, &g) or not go_together(&p, &g):
-            if (not row.beside and (<Plan>self.new_plans[row.group]).takes_rows and self.take_rows(row)):
+            if (self.bare_rows if row.beside else (<Plan>self.new_plans[row.group]).takes_rows) and self.take_rows(row):
                 row.careful = self.again = self.unsteady = True
                 return False
             self.leave(row, index, f"its gradient is a {describe(<object>row.grad)} tensor")
@@ -659,8 +661,8 @@ cdef class TensorWorkspace(Workspace):
         cdef bint ascending
         cdef Py_ssize_t wrong, n
         indices = <object>row.indices
-        if w.stored != NULL:
-            self.leave(row, index, "its gradient is sparse, and it or its state of a short type")
+        if self.has_codes(w):
+            self.leave(row, index, "its gradient is sparse, and its state in 8 bits")
             return False
         if not is_in_c_order(p) or not self.view(row.values, &g) or g.element != p.element:
             self.leave(row, index, "its rows do not lie one behind the other")
@@ -675,6 +677,8 @@ cdef class TensorWorkspace(Workspace):
             raise IndexError(f"{what}: gradient: indices[{wrong}] == {indices[wrong].item()}, must be 0 to "
                              f"{p.shape[0] - 1}")
         w.stream[1] = g.data
+        if is_short(&g):
+            self.note_element(w, 1, &g)
         row.read.begin, row.read.end = g.data, end_of(&g)
         return True
 
@@ -879,13 +883,20 @@ cdef class TensorWorkspace(Workspace):
         stepped = [(self.rows[k].group, <object>self.rows[k].param) for k in remaining if not self.rows[k].beside]
         if stepped:
             optimizer.step_by_torch(stepped, self.gradient_factor * self.clip)
-        for k in remaining if self.averages else []:
+        if self.exchanging or not self.bare:  # else the step is still to come
+            self.average_left()
+        return True
+
+    cdef int average_left(self) except -1:
+        cdef list unmoved = [k for k, found in sorted((self.left or {}).items()) if found[2] and not found[3]]
+        for k in unmoved if self.averages else []:
+            self.left[k][3] = True
             for each in self.averaged[k * len(self.averages):(k + 1) * len(self.averages)]:
                 if self.exchanging:
                     exchange_by_torch((<Average>self.averages[0]).kept, each[0], <object>self.rows[k].param)
                 else:
                     average_by_torch(each[0], <object>self.rows[k].param, each[1])
-        return True
+        return 0
 
     cdef int copy_gradient(self, Row *row, Py_ssize_t k) except -1:
         data = <object>row.data
@@ -1005,8 +1016,9 @@ cdef class TensorBatch(Batch):
     """Gradients that are gone over at once: those of `places`; the others are torch's to do.
 
     copied: those whose numbers were copied, into the memory order of their parameters or side by side.
+    rows: of each sparse one of rows its place, which rows it has, and its values.
     """
-    cdef readonly list places, copied
+    cdef readonly list places, copied, rows
 
     def __init__(self, list grads, list params):
         """params: the parameters, in whose memory order sums are taken, or None."""
@@ -1014,10 +1026,15 @@ cdef class TensorBatch(Batch):
         cdef PyObject *tensor
         cdef Py_ssize_t k
         cdef list layouts = []
-        self.places, self.copied = [], []
+        self.places, self.copied, self.rows = [], [], []
         for k in range(len(grads)):
             tensor = <PyObject *>grads[k]
-            if not is_plain(grads[k]) or not view_tensor(tensor, &g, layouts):
+            if not is_plain(grads[k]):
+                continue
+            if grads[k].layout is sparse_layout:
+                self.add_rows(k, grads[k], layouts)
+                continue
+            if not view_tensor(tensor, &g, layouts):
                 continue
             p = g
             if params[k] is not None and not (is_plain(params[k]) and view_tensor(<PyObject *>params[k], &p, layouts)
@@ -1034,8 +1051,34 @@ cdef class TensorBatch(Batch):
             self.add(g.data, g.size, g.element, held)
             self.places.append(k)
 
+    cdef int add_rows(self, Py_ssize_t k, grad, list layouts) except -1:
+        """Add a gradient of rows of a table; one of another kind is left."""
+        cdef View g
+        cdef Rows rows = Rows()
+        cdef bint ascending
+        cdef Py_ssize_t n, wrong
+        if grad.sparse_dim() != 1 or grad.device.type != "cpu":
+            return 0
+        indices, values = grad.detach()._indices()[0].contiguous(), grad.detach()._values()
+        if not view_tensor(<PyObject *>values, &g, layouts) or is_short(&g):
+            return 0
+        n = indices.numel()
+        if not is_in_c_order(&g) or <size_t>g.data % g.itemsize or not calls_false(is_neg, <PyObject *>values):
+            values = torch.empty_like(values, memory_format=torch.contiguous_format).copy_(values)
+            self.copied.append(grad)
+            view_tensor(<PyObject *>values, &g, layouts)
+        wrong = rows.sort(<const void *><size_t>indices.data_ptr(), 8, n, grad.shape[0], g.size // n if n else 0,
+                          &ascending)
+        if wrong >= 0:
+            raise IndexError(f"gradient {k}: indices[{wrong}] == {indices[wrong].item()}, must be 0 to "
+                             f"{grad.shape[0] - 1}")
+        self.add(g.data, g.size, g.element, grad, rows)  # which owns the values, where they were not copied
+        self.rows.append((k, rows, values))
+        self.places.append(k)
+        return 0
+
     def apply(self, Rule rule, dict scalars):
-        raise_versions(self.held)
+        raise_versions([held[0] if isinstance(held, tuple) else held for held in self.held])
         Batch.apply(self, rule, scalars)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyopt._isa import kernels
+from pyopt._lazy import summed
 from pyopt._norms import clip_factor, norm_of
 from pyopt.torch._tensors import TensorBatch, power_sum
 
@@ -68,13 +69,35 @@ def clip_grads_with_norm_(
 
 @torch.no_grad()
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
-    """torch.nn.utils.clip_grad_value_: all elements between -clip_value and clip_value; foreach changes nothing."""
+    """torch.nn.utils.clip_grad_value_: all elements between -clip_value and clip_value; foreach changes nothing.
+
+    Of sparse gradients of rows the sums are meant: one that is not coalesced becomes so.
+    """
     grads, params = _gradients(parameters)
     batch = TensorBatch(grads, params)
+    repeated = [(k, rows, values) for k, rows, values in batch.rows if rows.count < len(values)]
+    once = {k: _each_row_once(grads[k], rows, values) for k, rows, values in repeated}
+    for k in set(range(len(grads))) - set(batch.places):
+        if grads[k].layout is torch.sparse_coo and not grads[k].is_coalesced():
+            once[k] = grads[k].coalesce()
+    if once:
+        grads = [once.get(k, grad) for k, grad in enumerate(grads)]
+        batch = TensorBatch(grads, params)
     clip_value = float(clip_value)
     batch.apply(kernels.clamp, {"most": clip_value})
     for grad in _others(batch, grads):
-        grad.clamp_(-clip_value, clip_value)
+        (grad._values() if grad.is_sparse else grad).clamp_(-clip_value, clip_value)
+    for k, grad in once.items():
+        params[k].grad = grad
+
+
+def _each_row_once(grad: Tensor, rows: Any, values: Tensor) -> Tensor:
+    """A sparse gradient with the sums of its rows."""
+    found, sums = summed(rows, values.numpy())
+    indices = torch.from_numpy(found)[None]
+    return torch.sparse_coo_tensor(
+        indices, torch.from_numpy(sums), grad.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def _gradients(parameters: Tensors) -> tuple[list[Tensor], list[Tensor]]:

@@ -60,6 +60,9 @@ class TensorSide(Side):
 
     # --- load -----------------------------------------------------------------------------------------------------
 
+    def native(self, array: Array) -> Array:
+        return array
+
     def parameter_writes(self, values: Sequence[Array | None]) -> list[Call]:
         written = [p for p, value in zip(self._params(), values, strict=True) if value is not None]
         return [*super().parameter_writes(values), (raise_versions, written)]

@@ -142,12 +142,16 @@ def reason_for(core: type[PreparedOptimizer], side: Side, group: Group, p: Any, 
     return None
 
 
-def why_not(what: str, tensor: Any) -> str | None:
+LONG = (torch.float32, torch.float64)
+
+
+def why_not(what: str, tensor: Any, dtypes: tuple[torch.dtype, ...] = LONG) -> str | None:
     """Why NumPy cannot look at a tensor, None if it can."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"{what} is a {type(tensor).__name__}, not a plain tensor"
-    if not _tensors.is_ordinary(tensor) or tensor.dtype not in (torch.float32, torch.float64):
-        return f"{what} is a {_tensors.describe(tensor)} tensor; pyopt steps dense float32 and float64 on the CPU"
+    if not _tensors.is_ordinary(tensor) or tensor.dtype not in dtypes:
+        taken = "float32 and float64" if dtypes is LONG else "floats"
+        return f"{what} is a {_tensors.describe(tensor)} tensor; pyopt steps dense {taken} on the CPU"
     if tensor.is_neg():
         return f"{what} has its negative bit set"
     if tensor.is_inference():

@@ -115,8 +115,8 @@ class KernelStepMixin:
     """Mixin in front of a torch optimizer: its `step`, by the rule of the pyopt optimizer `core`.
 
     Covered are dense tensors of float32, float64, bfloat16 and float16 on the CPU, with gradients of any memory
-    order; in SGD, Adagrad, SparseAdam, FTRL and RowwiseAdagrad sparse ones of rows too (float32 and float64),
-    unless momentum or weight decay would move other rows. The short types are computed in float32 and rounded once,
+    order; in SGD, Adagrad, SparseAdam, FTRL and RowwiseAdagrad sparse ones of rows too, unless momentum or weight
+    decay would move other rows. The short types are computed in float32 and rounded once,
     where torch's default rounds after each operation. What is not covered (other sparse gradients, complex numbers,
     other devices, tensor subclasses, `differentiable=True`, parameters whose elements do not lie side by side or
     that share memory) take torch's own step; so does all of a step that a dispatch mode, a tracer or forward-mode
@@ -408,7 +408,7 @@ def refuse_storage(optimizer: Any, left: list[tuple[int, torch.Tensor]], where: 
     """Raise where torch's step would leave out an option of storage."""
     for index, p in left:
         stored = storage.checked(optimizer.param_groups[index])
-        if "state_dtype" in stored or (stored and p.dtype in NAMES):
+        if not stored.keys().isdisjoint(("state_dtype", "max_row_norm")) or (stored and p.dtype in NAMES):
             place = next(i for i, other in enumerate(all_of(optimizer)) if other is p)
             raise RuntimeError(f"parameter {place} has the option {min(stored)!r}, which is not {where}")
 
