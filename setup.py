@@ -47,7 +47,8 @@ BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
 MODULES = [
     *["_xxh64", "_rows", "_engine", "_kernels", *LEVELS, "_matrix", "_norms", "_lazy"],
-    *["_lock", "_plans", "_asked", "_step", "_arrays", "_thinc", "torch._tensors", "_door", "_xla"],
+    *["_lock", "_plans", "_asked", "_step", "_arrays", "_thinc", "_door", "_xla"],
+    *["torch._tensor_views", "torch._flat", "torch._tensors"],
 ]
 # The engine alone calls OpenMP, by its functions: libgomp, the one beside it in a wheel, else that of the system.
 OPENMP = {"libraries": ["gomp", "pthread"], "runtime_library_dirs": ["$ORIGIN"]}

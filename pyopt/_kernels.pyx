@@ -477,7 +477,10 @@ cdef void block_sums(floating *restrict p, const floating *restrict g, floating 
             rules.lamb_terms(p[i], g[i], &s[i], &t[i], &x[i], &y[i], &h)
         elif Summing is rules.Prodigy:
             rules.prodigy_terms(p[i], g[i], &s[i], &t[i], &u[i], &v[i], &x[i], &y[i], &h)
-    sums[0] = folded(x, n)
+    if Summing is rules.AdamScaled:
+        sums[0] = folded(x, n) if h.update_clip else 0  # x is not made then
+    else:
+        sums[0] = folded(x, n)
     sums[1] = folded(y, n)
     if Summing is rules.Prodigy:
         sums[0] *= h.numerator_weight

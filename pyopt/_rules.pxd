@@ -347,7 +347,6 @@ cdef inline void adam_scaled_terms(floating p, floating g, const floating* m, co
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
     cdef floating u = mean_square(v[0], g, h.beta2, h.weight2)
     y[0] = 1 if lerp(m[0], g, h.weight1) * g > 0 else 0
-    x[0] = 0
     if h.update_clip:
         if h.amsgrad:
             x[0] = clip_term(g, larger(v_max[0], u), h)
@@ -355,7 +354,7 @@ cdef inline void adam_scaled_terms(floating p, floating g, const floating* m, co
             x[0] = clip_term(g, u, h)
 
 cdef inline void adam_scaled_finish(AdamScaled* h, const double* sums, Py_ssize_t size) noexcept nogil:
-    cdef double rms = sqrt(sums[0] / size), share = sums[1] / size
+    cdef double rms = sqrt(sums[0] / size) if h.update_clip else 0, share = sums[1] / size
     if h.update_clip and not rms <= 1:  # NaN shows
         h.step_size /= rms
         h.decay_factor = 1 - (1 - h.decay_factor) / rms

@@ -18,7 +18,7 @@ from torch_or_skip import bits, new, optim, torch
 
 from torch.utils.flop_counter import FlopCounterMode  # isort: skip
 
-from pyopt.torch._tensors import member_of  # isort: skip
+from pyopt.torch._flat import member_of  # isort: skip
 
 SHAPES = [(64,), (3, 5), (), (1,), (7, 1, 2), (0, 3), (33,)]
 CASES: list[tuple[str, dict[str, Any]]] = [

@@ -31,7 +31,7 @@ from torch_or_skip import (
 )
 
 from pyopt.torch.fallback import fused_sgd_is_right  # isort: skip
-from pyopt.torch._tensors import use_exchange_api  # isort: skip
+from pyopt.torch._tensor_views import use_exchange_api  # isort: skip
 
 
 def assert_same_as_numpy(case: Case, shapes: list[Any], dtype: Any, steps: int) -> None:

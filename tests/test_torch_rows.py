@@ -144,14 +144,14 @@ def test_explain_and_without_the_exchange_api(name: str, capsys: pytest.CaptureF
     for api in (True, False):
         p = new_parameters((10, 3))[0]
         optimizer = getattr(optim, name)([p])
-        optim._tensors.use_exchange_api(api)
+        optim._tensor_views.use_exchange_api(api)
         try:
             for step in range(3):
                 p.grad = rows_of(p, 7, step)
                 assert [path_of(line) for line in explained(optimizer, capsys)] == ["pyopt"]
                 optimizer.step()
         finally:
-            optim._tensors.use_exchange_api(True)
+            optim._tensor_views.use_exchange_api(True)
         results.append(p)
     assert same_bits(*results)
 

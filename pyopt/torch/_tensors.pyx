@@ -1,22 +1,14 @@
 # Steps on tensors.
 #
-# A tensor can change under the same object (p.data = x, p.set_()), so every one is looked at in every step: through the
-# DLPack C exchange API (torch >= 2.10), which takes nanoseconds, or data_ptr() and its kin. What the kernels cannot
-# step as torch would is left to torch's own step, row by row: other kinds of tensors, and those that share memory,
-# whose updates have an order.
+# What the kernels cannot step as torch would is left to torch's own step, row by row: other kinds of tensors, and those
+# that share memory, whose updates have an order.
 
-from cpython.bytes cimport PyBytes_AsString
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_SetItem
-from cpython.exc cimport PyErr_Clear
 from cpython.list cimport PyList_SetItem
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.object cimport PyObject, PyObject_CallFunctionObjArgs
-from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
-from cpython.weakref cimport PyWeakref_GetObject
 from libc.math cimport isfinite
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.stdint cimport uint64_t
 
 from pyopt._asked cimport FILL, RAISE, Average
 from pyopt._engine cimport AVERAGES, BFLOAT16, PLAIN, STATES, Averaged, Rule, Work
@@ -25,61 +17,25 @@ from pyopt._plans cimport Plan
 from pyopt._rows cimport Rows
 from pyopt._step cimport COUNTS, IDLE, KERNEL, LEFT, MOST_STEPS, Row, Workspace, hold
 from pyopt._views cimport (
-    OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OF_INT16, OF_UINT8, OTHER, View, end_of, go_together, is_dense,
-    is_in_c_order, is_of_rows, is_short, same_order, same_shape,
+    OF_BFLOAT16, OF_FLOAT16, OF_FLOAT32, OF_FLOAT64, OTHER, View, end_of, go_together, is_dense, is_in_c_order,
+    is_of_rows, is_short, same_order, same_shape,
+)
+from pyopt.torch._flat cimport Flat, flat_state, flats, fold
+from pyopt.torch._tensor_views cimport (
+    calls_false, is_inference, is_neg, is_plain, parameter_type, reach, tensor_type, view_any, view_tensor,
 )
 
-import sys
-from struct import pack
-from weakref import ref
-
 import torch
-from torch import Tensor
-from torch.nn import Parameter
 
 from pyopt.parameter import overlaps_itself
-
+from pyopt.torch._tensor_views import (
+    as_local, describe, distributed_tensor_type, extent, is_ordinary, is_strided,
+)
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
 
 
-# The part of DLPack (https://dmlc.github.io/dlpack) that is used; its ABI is stable within a major version.
-cdef struct DLTensor:
-    void *data
-    int32_t device_type
-    int32_t device_id
-    int32_t ndim
-    uint8_t type_code
-    uint8_t type_bits
-    uint16_t type_lanes
-    int64_t *shape
-    int64_t *strides
-    uint64_t byte_offset
-
-
-cdef struct DLPackExchangeAPI:
-    uint32_t major
-    uint32_t minor
-    void *previous
-    void *managed_tensor_allocator
-    void *managed_tensor_from_py_object_no_sync
-    void *managed_tensor_to_py_object_no_sync
-    int (*dltensor_from_py_object_no_sync)(void *, DLTensor *) noexcept
-    void *current_work_stream
-
-
-cdef enum:
-    CPU = 1  # kDLCPU
-    INT = 0  # kDLInt
-    UINT = 1
-    FLOAT = 2
-    BFLOAT = 4
-
-cdef object tensor_type = Tensor
-cdef object parameter_type = Parameter
-cdef object is_neg = Tensor.is_neg
-cdef object is_inference = Tensor.is_inference
 cdef object increment_version = torch._C._increment_version  # not its wrapper in Python, which a signal could stop
 cdef object is_grad_enabled = torch.is_grad_enabled
 cdef object set_grad_enabled = torch._C._set_grad_enabled
@@ -92,59 +48,10 @@ try:
 except (RuntimeError, TypeError):  # torch 2.4 takes a single tensor
     takes_lists = False
 
-cdef DLPackExchangeAPI *exchange = NULL
-
-
-def use_exchange_api(bint use):
-    """Look at tensors through torch's DLPack exchange API, or through data_ptr(); returns whether the API is used."""
-    global exchange
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None) if use else None
-    exchange = NULL
-    if capsule is not None:
-        exchange = <DLPackExchangeAPI *>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
-        if exchange.major != 1 or exchange.dltensor_from_py_object_no_sync == NULL:
-            exchange = NULL
-    return exchange != NULL
-
-
-use_exchange_api(True)
-
-
-cdef bint calls_false(method, PyObject *tensor) except -1:
-    return PyObject_CallFunctionObjArgs(method, tensor, NULL) is False
-
-
-cdef bint is_plain(tensor) noexcept:
-    return type(tensor) is parameter_type or type(tensor) is tensor_type
-
 
 cdef uint64_t mixed(uint64_t digest, const void *pointer) noexcept:
     digest = (digest ^ <uint64_t>pointer) * <uint64_t>0x9E3779B97F4A7C15
     return digest ^ (digest >> 29)
-
-
-cdef Py_ssize_t reach(const View *v) noexcept:
-    """Bytes from the first element of a tensor to the end of its last; torch has no negative strides."""
-    cdef Py_ssize_t last = 0
-    cdef int axis
-    if v.size == 0:
-        return 0
-    for axis in range(v.ndim):
-        last += (v.shape[axis] - 1) * v.strides[axis]
-    return (last + 1) * v.itemsize
-
-
-def extent(tensor):
-    """Begin and end of the memory of a tensor of any kind, (0, 0) where it has none of its own."""
-    try:
-        if tensor.layout is torch.sparse_coo:
-            tensor = tensor._values()
-        if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() and tensor.data_ptr():
-            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
-            return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-    except (AttributeError, RuntimeError, ValueError):  # no tensors, wrappers, uninitialized parameters
-        pass
-    return 0, 0
 
 
 def raise_versions(list tensors):
@@ -154,11 +61,6 @@ def raise_versions(list tensors):
     else:
         for tensor in tensors:
             increment_version(tensor)
-
-
-def is_strided(tensor):
-    """Whether a tensor, or the local part of one, is no sparse one."""
-    return tensor.layout is torch.strided
 
 
 def power_sum(tensor, power, scale):
@@ -198,93 +100,16 @@ def exchange_by_torch(dict kept, average, param):
         average.copy_(before)
 
 
-def describe(tensor):
-    """dtype, layout and device, as far as they are not the usual ones."""
-    words = [str(tensor.dtype).removeprefix("torch.")]
-    if tensor.layout is not torch.strided:
-        words.append(str(tensor.layout).removeprefix("torch.").replace("_", " "))
-    if tensor.device.type != "cpu":
-        words.append(tensor.device.type)
-    return " ".join(words)
-
-
-def is_ordinary(tensor):
-    """Whether a tensor is dense and of floats on the CPU, without the C++ exception that the exchange throws."""
-    return (tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOATS)
-
-
-def as_local(param, *others):
-    """The local tensors of DTensors that are placed alike; None where they are not."""
-    kind = type(param)
-    for each in (param, *others):
-        if (type(each) is not kind or each._spec.placements != param._spec.placements
-                or each._spec.mesh != param._spec.mesh or type(each._local_tensor) is not Tensor
-                or any(placement.is_partial() for placement in each._spec.placements)):
-            return None
-    return [each._local_tensor for each in (param, *others)]
-
-
-def distributed_tensor_type():
-    """torch's DTensor, None where nobody has imported it."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-
-
-cdef dict ELEMENTS = {torch.float32: OF_FLOAT32, torch.float64: OF_FLOAT64, torch.bfloat16: OF_BFLOAT16,
-                      torch.float16: OF_FLOAT16, torch.int16: OF_INT16, torch.uint8: OF_UINT8}
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-cdef int element_of(int code, int bits) noexcept:
-    if code == FLOAT:
-        return OF_FLOAT32 if bits == 32 else OF_FLOAT64 if bits == 64 else OF_FLOAT16 if bits == 16 else OTHER
-    if code == BFLOAT and bits == 16:
-        return OF_BFLOAT16
-    return OF_INT16 if code == INT and bits == 16 else OF_UINT8 if code == UINT and bits == 8 else OTHER
-
-
-cdef bint view_tensor(PyObject *tensor, View *v, list layouts) except -1:
-    """Read what a tensor is; whether it is one of floats on the CPU. layouts holds what v points to."""
-    return view_any(tensor, v, layouts) and v.element != OF_INT16 and v.element != OF_UINT8
-
-
-cdef bint view_any(PyObject *tensor, View *v, list layouts) except -1:
-    """The same; whether it is one of a type that a step uses, on the CPU."""
-    cdef DLTensor t
-    cdef int axis
-    v.unit = 0
-    if exchange != NULL:
-        if exchange.dltensor_from_py_object_no_sync(<void *>tensor, &t):
-            PyErr_Clear()  # sparse, meta and other tensors without memory
-            return False
-        v.element = element_of(t.type_code, t.type_bits)
-        if t.device_type != CPU or t.type_lanes != 1 or v.element == OTHER:
-            return False
-        v.data = <char *>t.data + t.byte_offset
-        v.shape, v.strides, v.ndim = t.shape, t.strides, t.ndim
-        v.itemsize = t.type_bits // 8
-    else:
-        if (<object>tensor).layout is not torch.strided or (<object>tensor).device.type != "cpu":
-            return False
-        v.element = ELEMENTS.get((<object>tensor).dtype, OTHER)
-        if v.element == OTHER:
-            return False
-        v.ndim = (<object>tensor).dim()
-        layout = pack(f"{2 * v.ndim}q", *(<object>tensor).size(), *(<object>tensor).stride())
-        layouts.append(layout)
-        v.data = <char *><size_t>(<object>tensor).data_ptr()
-        v.shape = <const int64_t *>PyBytes_AsString(layout)
-        v.strides = v.shape + v.ndim
-        v.itemsize = (<object>tensor).element_size()
-    v.unit = v.itemsize
-    v.size = 1
-    for axis in range(v.ndim):
-        v.size *= v.shape[axis]
-    return v.data != NULL or v.size == 0  # gradients that are known to be zero have no memory
-
-
 cdef bint needs_whole(Rule rule) noexcept:
     """Whether a rule needs more than its own elements of a tensor."""
     return rule.kernel.finish != NULL or rule.kernel.finish_row32 != NULL
+
+
+cdef bint is_elementwise(Plan plan) except -1:
+    """Whether an element is stepped alike wherever it lies: 8 bits and chance count from the start of a tensor."""
+    if plan.storage is not None and (plan.chance or plan.storage.get("state_dtype") == "8bit"):
+        return False
+    return plan.names is not None and not needs_whole(plan.rule)
 
 
 class BlockLeft(RuntimeError):
@@ -474,7 +299,7 @@ cdef class TensorWorkspace(Workspace):
     cdef int note_memory(self, list memory, tensor) except -1:
         """Append where a tensor of any kind lies."""
         cdef View v
-        if exchange != NULL and type(tensor) in (tensor_type, parameter_type) and tensor.layout is torch.strided:
+        if type(tensor) in (tensor_type, parameter_type) and tensor.layout is torch.strided:
             if self.view(<PyObject *>tensor, &v):
                 memory.append((<size_t>v.data, <size_t>v.data + reach(&v)))
                 return 0
@@ -1087,193 +912,3 @@ cdef int element_of_gradient(const Work *w) noexcept:
     if w.stored == NULL or w.stored.codec[1] == PLAIN:
         return OF_FLOAT64 if w.is_double else OF_FLOAT32
     return OF_BFLOAT16 if w.stored.codec[1] == BFLOAT16 else OF_FLOAT16
-
-
-# --- flattened parameters ---------------------------------------------------------------------------------------------
-
-cdef dict flats = {}  # by the id of their first parameter
-cdef dict members = {}  # (Flat, place in it) by the id of a parameter
-cdef object fold = None  # what puts them in the place of their parameters, see flat.py
-cdef object flat_state = None  # the kind of optimizer.state that has some
-
-
-def fold_by(function, kind):
-    """Have function(workspace, optimizer, whether they may be) decide in each step what is stepped as one."""
-    global fold, flat_state
-    fold, flat_state = function, kind
-
-
-cdef bint is_elementwise(Plan plan) except -1:
-    """Whether an element is stepped alike wherever it lies: 8 bits and chance count from the start of a tensor."""
-    if plan.storage is not None and (plan.chance or plan.storage.get("state_dtype") == "8bit"):
-        return False
-    return plan.names is not None and not needs_whole(plan.rule)
-
-
-cdef class Flat:
-    """Parameters as views of one block of memory, their gradients as views of another: one tensor to a step.
-
-    block: the whole as one parameter, with its gradient.
-    """
-    cdef readonly object block
-    cdef readonly list gradients  # the views
-    cdef list references  # weak ones, of the parameters
-    cdef readonly Py_ssize_t count
-    cdef Py_ssize_t itemsize
-    cdef int64_t *starts  # in elements, and the end
-    cdef int64_t *layout  # of each: number of axes, shape, strides
-    cdef readonly dict index  # the place of a parameter, by its id
-
-    def __cinit__(self, block, list params, list gradients):
-        cdef View v
-        cdef Py_ssize_t i, room = 0, n = 0
-        cdef int64_t start = 0
-        cdef list layouts = []
-        self.block, self.gradients, self.count = block, gradients, len(params)
-        for p in params:
-            room += 1 + 2 * p.dim()
-        self.starts = <int64_t *>PyMem_Malloc((self.count + 1) * sizeof(int64_t))
-        self.layout = <int64_t *>PyMem_Malloc(room * sizeof(int64_t))
-        if self.starts == NULL or self.layout == NULL:
-            raise MemoryError("no memory for the layout of flattened parameters")
-        for i in range(self.count):
-            view_tensor(<PyObject *>gradients[i], &v, layouts)
-            self.itemsize = v.itemsize
-            self.layout[n] = v.ndim
-            memcpy(&self.layout[n + 1], v.shape, v.ndim * sizeof(int64_t))
-            memcpy(&self.layout[n + 1 + v.ndim], v.strides, v.ndim * sizeof(int64_t))
-            n += 1 + 2 * v.ndim
-            self.starts[i] = start
-            start += v.size
-        self.starts[self.count] = start
-
-    def __init__(self, block, list params, list gradients):
-        for p in params:
-            if id(p) in members:
-                (<Flat>members[id(p)][0]).forget()
-        self.index = {id(p): i for i, p in enumerate(params)}
-        self.references = [ref(p, self.forget) for p in params]
-        members.update({key: (self, i) for key, i in self.index.items()})
-        flats[id(params[0])] = self
-
-    def __dealloc__(self):
-        PyMem_Free(self.starts)
-        PyMem_Free(self.layout)
-
-    def forget(self, _=None):
-        """No longer be found: one of the parameters is gone, or on its own again."""
-        for key in self.index:
-            if members.get(key, (None,))[0] is self:
-                del members[key]
-            if flats.get(key) is self:
-                del flats[key]
-        # Those with a call would keep the blocks alive until the garbage collector comes.
-        self.references = [each if each() is None else ref(each()) for each in self.references]
-
-    def parameters(self):
-        """The parameters, all of which must be alive."""
-        return [reference() for reference in self.references]
-
-    def part(self, whole, Py_ssize_t i):
-        """The view of a block that belongs to parameter i."""
-        like = self.gradients[i]
-        return whole.as_strided(like.shape, like.stride(), self.starts[i])
-
-    cdef bint is_at(self, PyObject *tensor, const View *block, Py_ssize_t i, const int64_t *layout) except -1:
-        """Whether a tensor is the part i of a block."""
-        cdef View v
-        cdef list layouts = None if exchange != NULL else []
-        return (view_tensor(tensor, &v, layouts) and v.itemsize == self.itemsize
-                and (v.size == 0 or v.data == block.data + self.starts[i] * self.itemsize) and v.ndim == layout[0]
-                and memcmp(v.shape, layout + 1, v.ndim * sizeof(int64_t)) == 0
-                and memcmp(v.strides, layout + 1 + v.ndim, v.ndim * sizeof(int64_t)) == 0
-                and calls_false(is_neg, tensor))
-
-    cdef bint is_whole(self, list params, Py_ssize_t at) except -1:
-        """Whether the parameters from params[at] on are these, where they were put, and so are their gradients."""
-        cdef View data, gradient
-        cdef Py_ssize_t i
-        cdef const int64_t *layout = self.layout
-        cdef list layouts = []
-        cdef PyObject *param
-        if at + self.count > len(params):
-            return False
-        view_tensor(<PyObject *>self.block, &data, layouts)
-        view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
-        for i in range(self.count):
-            param = PyWeakref_GetObject(self.references[i])
-            if param != <PyObject *>params[at + i] or not is_plain(<object>param):
-                return False
-            grad = (<object>param).grad
-            if grad is not self.gradients[i] or not (
-                    self.is_at(param, &data, i, layout) and self.is_at(<PyObject *>grad, &gradient, i, layout)):
-                return False
-            layout += 1 + 2 * layout[0]
-        return True
-
-    def in_place(self, numbers):
-        """(parameter, place of its gradient), for those of these numbers that were neither moved nor frozen."""
-        cdef View data, gradient
-        cdef Py_ssize_t i
-        cdef const int64_t *layout = self.layout
-        cdef list layouts = [], found = []
-        cdef set wanted = set(numbers)
-        cdef bint all_of_them = len(wanted) == self.count
-        cdef PyObject *param
-        view_tensor(<PyObject *>self.block, &data, layouts)
-        view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
-        for i in range(self.count):
-            param = PyWeakref_GetObject(self.references[i])
-            if ((all_of_them or i in wanted) and is_plain(<object>param) and (<object>param).requires_grad
-                    and self.is_at(param, &data, i, layout)
-                    and self.is_at(<PyObject *>self.gradients[i], &gradient, i, layout)):
-                found.append((<object>param, self.gradients[i]))
-            layout += 1 + 2 * layout[0]
-        return found
-
-    def zero(self, list places):
-        """Fill gradients with zeros and give them to their parameters, as `in_place` returns these."""
-        for each in [self.block.grad] if len(places) == self.count else [place for _, place in places]:
-            each.zero_()
-        for param, place in places:
-            if param.grad is not place:
-                param.grad = place
-
-
-def flat_parameters(list params):
-    """Parameters with a Flat in the place of those that are whole, or None where there is none."""
-    cdef Py_ssize_t k = 0
-    cdef PyObject *found
-    cdef list units = []
-    cdef bint any_flat = False
-    while k < len(params):
-        found = PyDict_GetItemWithError(flats, id(params[k]))
-        if found != NULL and (<Flat>found).is_whole(params, k):
-            units.append(<object>found)
-            k += (<Flat>found).count
-            any_flat = True
-        else:
-            units.append(params[k])
-            k += 1
-    return units if any_flat else None
-
-
-def members_of(list params):
-    """The Flats that some parameters are of, with a list of the places of these in each."""
-    cdef PyObject *found
-    cdef dict flats_of = {}
-    cdef Flat flat = None
-    for p in params:
-        found = PyDict_GetItemWithError(members, id(p))
-        if found == NULL:
-            continue
-        if (<tuple>found)[0] is not flat:
-            flat = (<tuple>found)[0]
-            places = flats_of.setdefault(flat, [])
-        places.append((<tuple>found)[1])
-    return flats_of
-
-
-def member_of(param):
-    """The Flat of a parameter and its place in it, or None."""
-    return members.get(id(param))

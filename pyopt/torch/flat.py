@@ -11,16 +11,9 @@ from typing import Any
 import torch
 
 from pyopt.storage import MASTERS
-from pyopt.torch._tensors import (
-    Flat,
-    TensorWorkspace,
-    flat_parameters,
-    fold_by,
-    is_ordinary,
-    member_of,
-    members_of,
-    unrecorded,
-)
+from pyopt.torch._flat import Flat, flat_parameters, fold_by, member_of, members_of
+from pyopt.torch._tensor_views import is_ordinary
+from pyopt.torch._tensors import TensorWorkspace, unrecorded
 
 Entry = dict[str, Any]
 

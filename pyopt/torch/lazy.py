@@ -17,8 +17,8 @@ from pyopt.checks import plain
 from pyopt.optimizers.lazy_adamw import STATE, Table, is_begun, prepare
 from pyopt.parameter import check_state_is_dict, label
 from pyopt.sparse import RowSparse
-from pyopt.torch import _tensors
-from pyopt.torch._tensors import TensorWorkspace
+from pyopt.torch._tensor_views import describe, extent
+from pyopt.torch._tensors import TensorWorkspace, raise_versions
 from pyopt.torch.files import as_array, as_tensor
 from pyopt.torch.matrices import why_not
 from pyopt.torch.own import OwnOptimizer, constructor_of, wide
@@ -56,13 +56,13 @@ class LazyWorkspace(TensorWorkspace):
                 entry = side.state.get(p, {})
                 tables.append((table_of(side, what, index, p), gradient_of(what, p.grad)))
                 touched += [p, *(entry[name] for name in STATE if name in entry)]
-        parameters = [(*_tensors.extent(p), what, i) for i, (what, _, p) in enumerate(rows)]
+        parameters = [(*extent(p), what, i) for i, (what, _, p) in enumerate(rows)]
         writes, news = prepare(tables, parameters, factor)
         stepped = [p for _, _, p in rows if p.grad is not None]
         for p, (table, _), new in zip(stepped, tables, news, strict=True):
             items = items_of(side.state.get(p, {}), table, new, writes)
             writes.add_entry(side.state[p], items)
-        _tensors.raise_versions(touched)
+        raise_versions(touched)
         return writes
 
     def explain(self, optimizer: Any) -> list[tuple[int, Tensor, str | None]]:
@@ -105,7 +105,7 @@ def why_not_gradient(grad: Tensor | None) -> str | None:
     if grad is None or grad.layout is not torch.sparse_coo:
         return None if grad is None else why_not("its gradient", grad, FLOATS)
     if type(grad) is not Tensor or grad.device.type != "cpu" or grad.sparse_dim() != 1:
-        return f"its gradient is a {_tensors.describe(grad)} tensor, sparse along {grad.sparse_dim()} axes"
+        return f"its gradient is a {describe(grad)} tensor, sparse along {grad.sparse_dim()} axes"
     return None
 
 
@@ -189,7 +189,7 @@ class LazyAdamW(OwnOptimizer, core=pyopt.LazyAdamW):
                 entry = self.state.get(p, {})
                 if is_begun(entry):
                     table = table_of(self, what, index, p)
-                    _tensors.raise_versions([p, *(entry[name] for name in ("exp_avg", "exp_avg_sq", "row_step"))])
+                    raise_versions([p, *(entry[name] for name in ("exp_avg", "exp_avg_sq", "row_step"))])
                     entry["history"] = as_tensor(table.catch_up(rows))
             if not found:
                 raise ValueError("param is no parameter of this optimizer")

@@ -16,8 +16,8 @@ from pyopt.checks import MOST_STEPS, plain
 from pyopt.optimizers._prepared import Array, PreparedOptimizer, in_order
 from pyopt.optimizers.muon import COEFFICIENTS, learning_rate, one_of
 from pyopt.parameter import is_dense, same_order
-from pyopt.torch import _tensors
-from pyopt.torch._tensors import TensorWorkspace
+from pyopt.torch._tensor_views import describe, extent, is_ordinary
+from pyopt.torch._tensors import TensorWorkspace, raise_versions
 from pyopt.torch.own import OwnOptimizer, constructor_of
 from pyopt.torch.step import KernelStepMixin, Side
 
@@ -81,7 +81,7 @@ class PreparedWorkspace(TensorWorkspace):
                 writes.add_entry(entry, made)
         if left:
             side.step_by_torch(left, factor)
-        _tensors.raise_versions(touched)
+        raise_versions(touched)
         return writes
 
     def explain(self, optimizer: Any) -> list[tuple[int, Tensor, str | None]]:
@@ -149,9 +149,9 @@ def why_not(what: str, tensor: Any, dtypes: tuple[torch.dtype, ...] = LONG) -> s
     """Why NumPy cannot look at a tensor, None if it can."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"{what} is a {type(tensor).__name__}, not a plain tensor"
-    if not _tensors.is_ordinary(tensor) or tensor.dtype not in dtypes:
+    if not is_ordinary(tensor) or tensor.dtype not in dtypes:
         taken = "float32 and float64" if dtypes is LONG else "floats"
-        return f"{what} is a {_tensors.describe(tensor)} tensor; pyopt steps dense {taken} on the CPU"
+        return f"{what} is a {describe(tensor)} tensor; pyopt steps dense {taken} on the CPU"
     if tensor.is_neg():
         return f"{what} has its negative bit set"
     if tensor.is_inference():
@@ -163,7 +163,7 @@ def why_not(what: str, tensor: Any, dtypes: tuple[torch.dtype, ...] = LONG) -> s
 
 def shares(written: list[Tensor], read: list[Tensor]) -> bool:
     """Whether what is written overlaps itself or what is read."""
-    ranges = sorted((*_tensors.extent(each), i < len(written)) for i, each in enumerate([*written, *read]))
+    ranges = sorted((*extent(each), i < len(written)) for i, each in enumerate([*written, *read]))
     end_written = end_read = 0
     for begin, end, writes in ranges:
         if begin < end:
