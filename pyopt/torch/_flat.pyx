@@ -109,8 +109,8 @@ cdef class Flat:
             if param != <PyObject *>params[at + i] or not is_plain(<object>param):
                 return False
             grad = (<object>param).grad
-            if grad is not self.gradients[i] or not (
-                    self.is_at(param, &data, i, layout, layouts) and self.is_at(<PyObject *>grad, &gradient, i, layout, layouts)):
+            if (grad is not self.gradients[i] or not self.is_at(param, &data, i, layout, layouts)
+                    or not self.is_at(<PyObject *>grad, &gradient, i, layout, layouts)):
                 return False
             layout += 1 + 2 * layout[0]
         return True
