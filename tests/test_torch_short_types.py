@@ -152,6 +152,21 @@ def test_codes_stay_codes_where_the_option_is_gone() -> None:
     }
 
 
+def test_state_of_the_users_own_is_cast_as_in_torch() -> None:
+    """What is no state of the optimizer gets the parameter's type, whatever its shape."""
+    loaded = []
+    for module in (optim, torch.optim):
+        p = torch.nn.Parameter(random(4, torch.float32, 0))
+        optimizer = module.SGD([p], momentum=0.5)
+        p.grad = random(4, torch.float32, 1)
+        optimizer.step()
+        optimizer.state[p].update(own=torch.ones(2), counts=torch.ones(4, dtype=torch.int64))
+        other = module.SGD([torch.nn.Parameter(p.detach().double())], momentum=0.5)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        loaded.append({name: value.dtype for name, value in next(iter(other.state.values())).items()})
+    assert loaded[0] == loaded[1]
+
+
 def test_a_checkpoint_of_torch_and_the_own_options() -> None:
     """A group of a checkpoint without the options leaves them; without any, types are torch's."""
     theirs = torch.optim.Adam([torch.nn.Parameter(torch.ones(5))])

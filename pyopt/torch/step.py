@@ -295,11 +295,13 @@ def keep_types(
             group.update({**own, **group})
         keeps = bool(storage.checked(group))
         for p, index in zip(group["params"], saved_group["params"], strict=True):
-            entry = state["state"].get(p, {})
-            for name, value in saved["state"].get(index, {}).items():
+            entry, saved_entry = state["state"].get(p, {}), saved["state"].get(index, {})
+            codes = [name for name in saved_entry if f"{name}_absmax" in saved_entry]
+            own_types = {*numbers, *codes, *(f"{name}_absmax" for name in codes), *storage.MASTERS.values()}
+            for name, value in saved_entry.items():
                 if not isinstance(value, torch.Tensor) or name == "step" or entry[name].dtype == value.dtype:
                     continue
-                if keeps or name in numbers or value.shape != p.shape or not value.is_floating_point():
+                if keeps or name in own_types:
                     entry[name] = value.to(device=p.device, copy=True)
 
 
