@@ -473,12 +473,13 @@ cdef inline floating rowwise_adagrad(floating p, floating g, const RowwiseAdagra
 
 # --- no optimizers ----------------------------------------------------------------------------------------------------
 
-# The average of a parameter: the stream in the parameter's place, which comes in the gradient's.
+# The average of a parameter: the stream in the parameter's place, which comes in the gradient's. A weight of 1 copies,
+# which lerp does not with an inf.
 ctypedef struct Average:
     double weight
 
 cdef inline floating average(floating a, floating p, const Average* h) noexcept nogil:
-    return lerp(a, p, h.weight)
+    return p if h.weight == 1 else lerp(a, p, h.weight)
 
 
 ctypedef struct Scale:

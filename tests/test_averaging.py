@@ -242,6 +242,16 @@ def test_what_is_not_finite_shows() -> None:
     assert all(np.isfinite(a).all() for a in ema.averages[1:])
 
 
+@pytest.mark.parametrize("kind", ["EMA", "SWA"])
+def test_the_first_update_copies_infinities_too(kind: str) -> None:
+    """inf - 0 * (inf - a) would be NaN."""
+    p = pyopt.Parameter(np.array([1.0, math.inf, -math.inf, math.nan], np.float32), grad=np.ones(4, np.float32))
+    opt = pyopt.SGD([p], lr=0.5)
+    average = getattr(pyopt.averaging, kind)(opt)
+    opt.step()
+    assert np.array_equal(average.averages[0], p.data, equal_nan=True)
+
+
 # --- beside the other extras ------------------------------------------------------------------------------------------
 
 

@@ -256,7 +256,7 @@ class Walk(RuleBasedStateMachine):
             p.data *= p.dtype.type(0.5)
         elif kind == "new array":
             p.data = p.data.copy("K")
-        elif not self.opt.state.get(p):
+        elif not self.opt.state.get(p) and not any(p in each.average.arrays for each in self.beside):
             p.data = np.asfortranarray(p.data)
 
     @rule(

@@ -84,6 +84,18 @@ def test_of_what_is_left_to_torch(name: str, left: list[str], kind: str, setting
         assert a.dtype == (torch.float32 if short else p.dtype) and a.shape == p.shape and not a.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("kind", ["EMA", "SWA"])
+def test_the_first_update_copies_infinities_too(kind: str, dtype: Any) -> None:
+    """Of what is left to torch as well (complex numbers)."""
+    p = torch.nn.Parameter(torch.tensor([1.0, math.inf, -math.inf], dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    opt = optim.SGD([p], lr=0.5)
+    average = attach(opt, kind, {})
+    opt.step()
+    assert torch.equal(average.averages[0].to(dtype), p.detach())
+
+
 @three
 def test_of_bfloat16_alone(kind: str, settings: Any) -> None:
     """The average moves where the parameter's own type would lose the change."""

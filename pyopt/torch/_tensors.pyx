@@ -82,6 +82,9 @@ def average_by_torch(average, param, weight):
     """Move an average towards its parameter, in torch's operations."""
     with torch.no_grad():
         param = param.to(average.dtype)
+        if weight == 1:
+            average.copy_(param)
+            return
         way = param - average
         weight = torch.tensor(weight, dtype=average.dtype).item()
         # not lerp_, which rounds once less than the kernels
