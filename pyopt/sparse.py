@@ -31,10 +31,8 @@ class RowSparse:
         TypeError: an argument of another type or dtype.
         ValueError: one of another shape.
 
-    At the step:
-        IndexError: an index that is negative or beyond the table.
-        TypeError, ValueError: indices that descend though they are promised not to; a shape that is not the
-            parameter's, a dtype that does not go with it.
+        In a step, IndexError: an index that is negative or beyond the table; TypeError or ValueError: indices that
+        descend though they are promised not to, a shape that is not the parameter's, a dtype that does not go with it.
 
     Example:
         >>> import numpy as np
