@@ -109,8 +109,9 @@ cdef bint needs_whole(Rule rule) noexcept:
 
 
 cdef bint is_elementwise(Plan plan) except -1:
-    """Whether an element is stepped alike wherever it lies: 8 bits and chance count from the start of a tensor."""
-    if plan.storage is not None and (plan.chance or plan.storage.get("state_dtype") == "8bit"):
+    """Whether an element is stepped alike wherever it lies: 8 bits, chance and rows count from a tensor's start."""
+    if plan.storage is not None and (plan.chance or plan.storage.get("state_dtype") == "8bit"
+                                     or plan.storage.get("max_row_norm") is not None):
         return False
     return plan.names is not None and not needs_whole(plan.rule)
 
