@@ -171,16 +171,31 @@ ctypedef struct Adam:
     double decay_factor
     bint amsgrad
 
-cdef inline floating adam(floating p, floating g, floating* m, floating* v, floating* v_max,
-                          const Adam* h) noexcept nogil:
-    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+# The rule of Adam, its step clipped by the root mean square of g / sqrt(v), or masked where it goes against g.
+ctypedef struct AdamScaled:
+    double gradient_factor, step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
+    double decay_factor, mask_factor
+    bint amsgrad, update_clip, cautious
+
+ctypedef fused AnyAdam:
+    Adam
+    AdamScaled
+
+cdef inline floating adam_update(floating g, floating* m, floating* v, floating* v_max,
+                                 const AnyAdam* h) noexcept nogil:
+    """What is taken from an element, and its new moments."""
     m[0] = lerp(m[0], g, h.weight1)
     v[0] = mean_square(v[0], g, h.beta2, h.weight2)
     cdef floating u = v[0]
     if h.amsgrad:
         u = v_max[0] = larger(v_max[0], u)
     cdef floating d = root(u) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
-    return p * <floating>h.decay_factor - <floating>h.step_size * m[0] / d
+    return <floating>h.step_size * m[0] / d
+
+cdef inline floating adam(floating p, floating g, floating* m, floating* v, floating* v_max,
+                          const Adam* h) noexcept nogil:
+    g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
+    return p * <floating>h.decay_factor - adam_update(g, m, v, v_max, h)
 
 
 # Of the elements of rows that are touched; step_size = lr * sqrt(1 - beta2**t) / (1 - beta1**t).
@@ -331,12 +346,7 @@ cdef inline floating adamw_schedule_free(floating p, floating g, floating* z, fl
 # *_terms makes of an element what is summed, x and y, in double; where it has to make the new state for that, it writes
 # it, and the rule does not. *_finish makes numbers of the two sums over a tensor; the rule follows.
 
-# The rule of Adam, its step clipped by the root mean square of g / sqrt(v), or masked where it goes against g.
-ctypedef struct AdamScaled:
-    double gradient_factor, step_size, weight1, beta2, weight2, inverse_sqrt_bias_correction2, eps, weight_decay
-    double decay_factor, mask_factor
-    bint amsgrad, update_clip, cautious
-
+# The sums of AdamScaled.
 cdef inline double clip_term(floating g, floating v, const AdamScaled* h) noexcept nogil:
     g = g / larger(root(v) * <floating>h.inverse_sqrt_bias_correction2, <floating>h.eps)
     return <double>g * <double>g
@@ -363,13 +373,7 @@ cdef inline void adam_scaled_finish(AdamScaled* h, const double* sums, Py_ssize_
 cdef inline floating adam_scaled(floating p, floating g, floating* m, floating* v, floating* v_max,
                                  const AdamScaled* h) noexcept nogil:
     g = l2(<floating>h.gradient_factor * g, p, h.weight_decay)
-    m[0] = lerp(m[0], g, h.weight1)
-    v[0] = mean_square(v[0], g, h.beta2, h.weight2)
-    cdef floating u = v[0]
-    if h.amsgrad:
-        u = v_max[0] = larger(v_max[0], u)
-    cdef floating d = root(u) * <floating>h.inverse_sqrt_bias_correction2 + <floating>h.eps
-    u = <floating>h.step_size * m[0] / d
+    cdef floating u = adam_update(g, m, v, v_max, h)
     if h.cautious:
         u = u * (<floating>h.mask_factor if m[0] * g > 0 else 0)
     return p * <floating>h.decay_factor - u

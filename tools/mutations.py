@@ -50,8 +50,8 @@ MUTATIONS = [
         ("a if a >= b else b", "a if a <= b else b", "Adam and Adamax: the lesser of two"),
         ("return c if a == a else a", "return c", "Adam and Adamax: a NaN in the larger one vanishes"),
         (
-            "p * <floating>h.decay_factor - <floating>h.step_size * m[0] / d\n\n\n# Of the elements",
-            "p - <floating>h.step_size * m[0] / d\n\n\n# Of the elements",
+            "p * <floating>h.decay_factor - adam_update(g, m, v, v_max, h)",
+            "p - adam_update(g, m, v, v_max, h)",
             "Adam: decoupled decay",
         ),
         ("if h.averages else p", "if h.averages else ax[0]", "ASGD: the average begins with the parameter"),
