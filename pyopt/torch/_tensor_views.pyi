@@ -1,5 +1,9 @@
 from typing import Any
 
+import torch
+
+FLOATS: tuple[torch.dtype, ...]
+
 def use_exchange_api(use: bool) -> bool: ...
 def extent(tensor: Any) -> tuple[int, int]: ...
 def describe(tensor: Any) -> str: ...

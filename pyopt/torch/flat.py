@@ -12,12 +12,11 @@ import torch
 
 from pyopt.storage import MASTERS
 from pyopt.torch._flat import Flat, flat_parameters, fold_by, member_of, members_of
-from pyopt.torch._tensor_views import is_ordinary
+from pyopt.torch._tensor_views import FLOATS, is_ordinary
 from pyopt.torch._tensors import TensorWorkspace, unrecorded
 
 Entry = dict[str, Any]
 
-TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WORDS = "float32, float64, bfloat16 or float16"
 
 
@@ -61,7 +60,7 @@ def flatten(params: Iterable[Any]) -> None:
         p = item[1] if isinstance(item, tuple) and len(item) == 2 else item
         if type(p) is not torch.nn.Parameter:
             raise TypeError(f"params[{i}] is a {type(p).__name__}, must be a torch.nn.Parameter")
-        if not is_ordinary(p) or p.dtype not in TYPES or p.is_inference() or p.is_neg():
+        if not is_ordinary(p) or p.is_inference() or p.is_neg():
             raise ValueError(f"params[{i}] is {p.dtype} on {p.device}, must be dense and on the CPU, of {WORDS}")
         if id(p) in seen:
             raise ValueError(f"params[{i}] stands in the list twice")
@@ -342,10 +341,10 @@ def _uses(tensor: torch.Tensor) -> int:
 def _goes_with(dtype: torch.dtype, of_state: torch.dtype, name: str) -> bool:
     """Whether a step takes state of one type with a parameter of another."""
     if name == "step":
-        return of_state in TYPES
-    if dtype == torch.float64:
-        return of_state == torch.float64
-    return of_state in TYPES[1:] or (of_state == torch.int16 and name == MASTERS["split"])
+        return of_state in FLOATS
+    if torch.float64 in (dtype, of_state):
+        return dtype == of_state
+    return of_state in FLOATS or (of_state == torch.int16 and name == MASTERS["split"])
 
 
 def _joined(flat: Flat, entries: list[Entry]) -> Entry:

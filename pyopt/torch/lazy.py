@@ -17,7 +17,7 @@ from pyopt.checks import plain
 from pyopt.optimizers.lazy_adamw import STATE, Table, is_begun, prepare
 from pyopt.parameter import check_state_is_dict, label
 from pyopt.sparse import RowSparse
-from pyopt.torch._tensor_views import describe, extent
+from pyopt.torch._tensor_views import FLOATS, describe, extent
 from pyopt.torch._tensors import TensorWorkspace, raise_versions
 from pyopt.torch.files import as_array, as_tensor
 from pyopt.torch.matrices import why_not
@@ -26,7 +26,6 @@ from pyopt.torch.step import Side, workspace_of
 
 Tensor = torch.Tensor
 Group = dict[str, Any]
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Row = tuple[str, int, Tensor]  # what messages call a parameter, the index of its group, itself
 
 
