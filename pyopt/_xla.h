@@ -5,7 +5,9 @@
  *
  *   arguments   parameters, then each state in turn, gradients, each of n tensors; the learning rate; the step's number
  *   results     parameters and states again: in the memory of the arguments
- *   attributes  rule: the optimizer's name; options: all of it, float64; present: the numbers of its states, int64
+ *   attributes  rule: the optimizer's name; options: all of it, float64; present: the numbers of its states, int64;
+ *               flat, int64: nothing; or, where each state is one tensor, its element that belongs to the first
+ *               parameter's first, behind whose the others' follow
  *
  * The learning rate is a float32 or float64, or the two halves of a float64, the lower first, as uint32: JAX has no
  * float64 by default. The work runs on XLA's threads: this one takes chunks, and those that have nothing else to do. */
@@ -259,25 +261,61 @@ static bool read_step(const Buffer *buffer, int64_t *step) {
     return true;
 }
 
-/* The stream in a result, which begins as the argument is. */
-static pyopt_stream written(const CallFrame *frame, int64_t place, int64_t n) {
-    const Buffer *from = (const Buffer *)frame->arguments.items[place], *to = (const Buffer *)frame->results.items[place];
-    pyopt_stream stream = {to->data, to->dtype == XLA_F64 ? PYOPT_FLOAT64 : PYOPT_FLOAT32};
-    if (from->data != to->data && n > 0) memcpy(to->data, from->data, (size_t)n * (to->dtype == XLA_F64 ? 8 : 4));
+static const Buffer *argument(const CallFrame *frame, int64_t place) {
+    return (const Buffer *)frame->arguments.items[place];
+}
+
+static int64_t size_of(const Buffer *buffer) {
+    return buffer->dtype == XLA_F64 ? 8 : 4;
+}
+
+/* Begin the results as the arguments are, where they have memory of their own. */
+static void begin_results(const CallFrame *frame) {
+    int64_t i;
+    for (i = 0; i < frame->results.count; i++) {
+        const Buffer *from = argument(frame, i), *to = (const Buffer *)frame->results.items[i];
+        size_t bytes = (size_t)(elements(to) * size_of(to));
+        if (from->data != to->data && bytes > 0) memcpy(to->data, from->data, bytes);
+    }
+}
+
+/* The stream in a result, from an element on. */
+static pyopt_stream written(const CallFrame *frame, int64_t place, int64_t begin) {
+    const Buffer *to = (const Buffer *)frame->results.items[place];
+    pyopt_stream stream = {(char *)to->data + begin * size_of(to), to->dtype == XLA_F64 ? PYOPT_FLOAT64 : PYOPT_FLOAT32};
     return stream;
+}
+
+/* Whether the states, the gradients and the parameters go together. */
+static bool matches(const CallFrame *frame, int64_t n, int64_t states, const int64_t *flat) {
+    int64_t i, all = 0, of_state = flat != NULL ? 1 : n;
+    for (i = 0; i < n; i++) {
+        const Buffer *p = argument(frame, i);
+        if ((p->dtype != XLA_F32 && p->dtype != XLA_F64) || (flat != NULL && p->dtype != argument(frame, 0)->dtype))
+            return false;
+        all += elements(p);
+    }
+    for (i = n; i < 2 * n + states * of_state; i++) {
+        const Buffer *own = argument(frame, i);
+        const Buffer *p = argument(frame, i < n + states * of_state ? (i - n) % of_state : i - n - states * of_state);
+        bool is_flat = flat != NULL && i < n + states;
+        if (own->dtype != p->dtype) return false;
+        if (is_flat ? *flat < 0 || all > elements(own) - *flat : elements(own) != elements(p)) return false;
+    }
+    return true;
 }
 
 static void *xla_step(CallFrame *frame) {
     const pyopt_functions *pyopt = xla_door;
     const Text *name;
-    const Array *options, *present;
+    const Array *options, *present, *flat;
     const Extension *extension;
     double values[PYOPT_MOST_OPTIONS];
     pyopt_slot slot = PYOPT_SLOT;
     pyopt_row *rows;
     pyopt_plan *plan;
     char message[400] = "", rule_name[64];
-    int64_t streams, n, i, j;
+    int64_t states, of_state, n, begin, i, j;
     int rule, status;
     for (extension = frame->extension; extension != NULL; extension = extension->next) {
         if (extension->type == XLA_METADATA) { /* asked at registration */
@@ -292,42 +330,44 @@ static void *xla_step(CallFrame *frame) {
     name = (const Text *)find_attribute(frame, "rule", XLA_STRING);
     options = (const Array *)find_attribute(frame, "options", XLA_ARRAY);
     present = (const Array *)find_attribute(frame, "present", XLA_ARRAY);
+    flat = (const Array *)find_attribute(frame, "flat", XLA_ARRAY);
     if (name == NULL || name->length >= sizeof rule_name || options == NULL || options->dtype != XLA_F64
-        || present == NULL || present->dtype != XLA_S64)
-        return xla_error(frame, "pyopt: the attributes must be rule, options in float64 and present in int64");
+        || present == NULL || present->dtype != XLA_S64 || flat == NULL || flat->dtype != XLA_S64)
+        return xla_error(frame, "pyopt: the attributes must be rule, options in float64, present and flat in int64");
     memcpy(rule_name, name->data, name->length);
     rule_name[name->length] = 0;
     rule = pyopt->find_rule(rule_name);
     if (rule < 0 || options->count != (size_t)pyopt->rule(rule)->n_options || present->count > PYOPT_STATES)
         return xla_error(frame, "pyopt: no such rule, or another number of options or states than it has");
-    streams = 1 + (int64_t)present->count;
-    n = frame->results.count / streams;
-    if (frame->results.count != n * streams || frame->arguments.count != n * (streams + 1) + 2)
+    states = (int64_t)present->count;
+    n = flat->count ? frame->results.count - states : frame->results.count / (1 + states);
+    of_state = flat->count ? 1 : n;
+    if (n < 0 || frame->results.count != n + states * of_state || frame->arguments.count != frame->results.count + n + 2)
         return xla_error(frame, "pyopt: arguments and results do not match: parameters, states, gradients, lr, step");
     memcpy(values, options->data, options->count * sizeof(double));
     slot.options = values;
-    if (!read_rate((const Buffer *)frame->arguments.items[n * (streams + 1)], &values[0])
-        || !read_step((const Buffer *)frame->arguments.items[n * (streams + 1) + 1], &slot.step))
+    if (!read_rate(argument(frame, frame->results.count + n), &values[0])
+        || !read_step(argument(frame, frame->results.count + n + 1), &slot.step))
         return xla_error(frame, "pyopt: lr must be float32 or float64, or one in two uint32; step int32 or int64");
-    for (i = 0; i < n * (streams + 1); i++) {
-        const Buffer *own = (const Buffer *)frame->arguments.items[i], *p = (const Buffer *)frame->arguments.items[i % n];
-        if ((p->dtype != XLA_F32 && p->dtype != XLA_F64) || own->dtype != p->dtype || elements(own) != elements(p))
-            return xla_error(frame, "pyopt: parameters must be float32 or float64, gradients and states like them");
-    }
+    if (!matches(frame, n, states, flat->count ? (const int64_t *)flat->data : NULL))
+        return xla_error(frame, "pyopt: parameters must be float32 or float64, gradients and states like them");
     rows = (pyopt_row *)malloc(((size_t)n + 1) * sizeof(pyopt_row));
     if (rows == NULL) return xla_error(frame, "pyopt: no memory for a plan");
+    begin_results(frame);
+    begin = flat->count ? *(const int64_t *)flat->data : 0;
     for (i = 0; i < n; i++) {
-        const Buffer *g = (const Buffer *)frame->arguments.items[n * streams + i];
         rows[i] = PYOPT_ROW;
         rows[i].rule = rule;
-        rows[i].n = elements(g);
-        rows[i].parameter = written(frame, i, rows[i].n);
-        rows[i].gradient.data = g->data;
+        rows[i].n = elements(argument(frame, i));
+        rows[i].parameter = written(frame, i, 0);
+        rows[i].gradient.data = argument(frame, frame->results.count + i)->data;
         rows[i].gradient.dtype = rows[i].parameter.dtype;
-        for (j = 1; j < streams; j++) {
-            int64_t state = ((const int64_t *)present->data)[j - 1];
-            if (state >= 0 && state < PYOPT_STATES) rows[i].state[state] = written(frame, j * n + i, rows[i].n);
+        for (j = 0; j < states; j++) {
+            int64_t state = ((const int64_t *)present->data)[j];
+            if (state < 0 || state >= PYOPT_STATES) continue;
+            rows[i].state[state] = written(frame, n + j * of_state + (flat->count ? 0 : i), begin);
         }
+        if (flat->count) begin += rows[i].n;
     }
     status = pyopt->create(rows, (size_t)n, PYOPT_UNCHECKED, &plan, message, sizeof message); /* XLA keeps them apart */
     free(rows);

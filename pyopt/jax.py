@@ -21,6 +21,7 @@ jax.ffi.register_ffi_target(TARGET, step_handler, platform="cpu")
 
 # Of one call: XLA compiles in the square of its operands, two minutes for a thousand leaves at once.
 MOST_LEAVES = 32
+FLAT = "flat"  # in the place of the states, those of `init(flat=True)`
 
 # Those that keep no numbers but the count of the steps.
 NAMES = (
@@ -76,14 +77,17 @@ class Optimizer:
         options = {key: value for key, value in self._group.items() if key not in ("params", "param_names")}
         return f"pyopt.jax.{self.name}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, flat: bool = False) -> State:
         """The state before the first step.
 
         Args:
             params: a tree of arrays, float32 or float64.
+            flat: keep each state in one array for all parameters of a dtype, in the order of the tree's leaves. JAX
+                spends more on each array that goes into a compiled function and out of it than a step on a small one.
 
         Returns:
-            "step", an int32, and per state of the optimizer ("exp_avg") a tree like params.
+            "step", an int32, and per state of the optimizer ("exp_avg") a tree like params; with flat, "step" and
+            "flat", per dtype ("float32") a dict of one array per state.
 
         Raises:
             TypeError: an array of another dtype.
@@ -91,9 +95,16 @@ class Optimizer:
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             _check_dtype(path, p)
         state: State = {"step": jnp.zeros((), jnp.int32)}
-        for name in self._states:
-            first = self._optimizer.initial_value(name, self._group)
-            state[name] = jax.tree_util.tree_map(lambda p, first=first: jnp.full_like(p, first), params)
+        first = {name: self._optimizer.initial_value(name, self._group) for name in self._states}
+        if flat:
+            sizes = _sizes(jax.tree_util.tree_leaves(params))
+            state[FLAT] = {
+                dtype: {name: jnp.full(size, value, dtype) for name, value in first.items()}
+                for dtype, size in sizes.items()
+            }
+        else:
+            for name, value in first.items():
+                state[name] = jax.tree_util.tree_map(lambda p, value=value: jnp.full_like(p, value), params)
         return state
 
     def step(self, params: Tree, grads: Tree, state: State, lr: Any = None) -> tuple[Tree, State]:
@@ -114,33 +125,72 @@ class Optimizer:
         """
         leaves, form = jax.tree_util.tree_flatten(params)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        gradients = _like(form, paths, leaves, grads, "grads")
+        step = state["step"] + 1
+        numbers = (_rate(self._group["lr"] if lr is None else lr), step)
+        if FLAT in state:
+            new, flat = self._step_flat(leaves, gradients, state[FLAT], numbers)
+            return form.unflatten(new), {"step": step, FLAT: flat}
         streams = [leaves]
         for name in self._states:
             if name not in state:
                 raise ValueError(f"state has no {name!r}, only {sorted(state)}: it must come from init() or step()")
             streams.append(_like(form, paths, leaves, state[name], f"state {name!r}"))
-        gradients = _like(form, paths, leaves, grads, "grads")
-        step = state["step"] + 1
-        rate = _rate(self._group["lr"] if lr is None else lr)
         results: list[list[Any]] = [[] for _ in streams]
         for i in range(0, len(leaves), MOST_LEAVES):
             n = len(leaves[i : i + MOST_LEAVES])
-            arrays = [x for stream in streams for x in stream[i : i + n]]
-            new = self._call(arrays, gradients[i : i + n], rate, step)
+            written = self._call([x for stream in streams for x in stream[i : i + n]], gradients[i : i + n], numbers)
             for j, result in enumerate(results):
-                result += new[j * n : (j + 1) * n]
+                result += written[j * n : (j + 1) * n]
         trees = [form.unflatten(result) for result in results]
         return trees[0], {"step": step, **dict(zip(self._states, trees[1:], strict=True))}
 
-    def _call(self, arrays: list[Any], gradients: list[Any], rate: Any, step: Any) -> list[Any]:
-        """The step of some leaves: parameters, then each state, which are what is returned too."""
+    def _step_flat(self, leaves: list[Any], gradients: list[Any], flat: Tree, numbers: Any) -> tuple[list[Any], Tree]:
+        """The step where all parameters of a dtype have their states in one array each."""
+        sizes = _sizes(leaves)
+        given = {
+            dtype: {name: (str(x.dtype), jnp.shape(x)) for name, x in arrays.items()} for dtype, arrays in flat.items()
+        }
+        due = {dtype: {name: (dtype, (size,)) for name in self._states} for dtype, size in sizes.items()}
+        if given != due:
+            raise ValueError(f"state {FLAT!r} has {given}, must have {due}, as of init(params, flat=True)")
+        new, flat = list(leaves), dict(flat)
+        for dtype in sizes:
+            places = [i for i, p in enumerate(leaves) if str(jnp.result_type(p)) == dtype]
+            arrays, offset = [flat[dtype][name] for name in self._states], 0
+            for i in range(0, len(places), MOST_LEAVES):
+                some = places[i : i + MOST_LEAVES]
+                own = [new[k] for k in some]
+                written = self._call([*own, *arrays], [gradients[k] for k in some], numbers, offset)
+                for k, result in zip(some, written[: len(some)], strict=True):
+                    new[k] = result
+                arrays, offset = written[len(some) :], offset + sum(_sizes(own).values())
+            flat[dtype] = dict(zip(self._states, arrays, strict=True))
+        return new, flat
+
+    def _call(self, arrays: list[Any], gradients: list[Any], numbers: Any, offset: int | None = None) -> list[Any]:
+        """The step of some leaves: parameters, then states, which are what is returned too.
+
+        offset: where those of the first leaf begin in states that are flat.
+        """
         call = jax.ffi.ffi_call(
             TARGET,
             [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arrays],
             input_output_aliases={i: i for i in range(len(arrays))},
         )
         present = np.array(list(self._states.values()), np.int64)
-        return [*call(*arrays, *gradients, rate, step, rule=self.name, options=self._options, present=present)]
+        begin = np.array([] if offset is None else [offset], np.int64)
+        return [
+            *call(*arrays, *gradients, *numbers, rule=self.name, options=self._options, present=present, flat=begin)
+        ]
+
+
+def _sizes(leaves: list[Any]) -> dict[str, int]:
+    """How many elements there are of each dtype."""
+    sizes: dict[str, int] = {}
+    for p in leaves:
+        sizes[str(jnp.result_type(p))] = sizes.get(str(jnp.result_type(p)), 0) + int(np.prod(jnp.shape(p)))
+    return sizes
 
 
 def _rate(lr: Any) -> Any:

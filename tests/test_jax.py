@@ -37,7 +37,7 @@ def on_device(tree: Any) -> Any:
     return jax.tree_util.tree_map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def compare(name: str, options: dict[str, Any], rates: list[Any], dtype: str = "float32") -> None:
+def compare(name: str, options: dict[str, Any], rates: list[Any], dtype: str = "float32", flat: bool = False) -> None:
     """The same steps by both."""
     rng = np.random.default_rng(0)
     start = tree_of(rng, dtype)
@@ -46,7 +46,7 @@ def compare(name: str, options: dict[str, Any], rates: list[Any], dtype: str = "
     ours = getattr(pyopt.jax, name)(**options)
     step = jax.jit(ours.step, donate_argnums=(0, 2))
     tree = on_device(start)
-    state = ours.init(tree)
+    state = ours.init(tree, flat)
     for rate in rates:
         grads = tree_of(rng, dtype)
         if rate is not None:
@@ -56,14 +56,22 @@ def compare(name: str, options: dict[str, Any], rates: list[Any], dtype: str = "
     for p, x in zip(params, leaves(tree), strict=True):
         assert p.data.tobytes() == x.tobytes()
     for key in optimizer.state[params[0]].keys() - {"step"}:
-        for p, x in zip(params, leaves(state[key]), strict=True):
-            assert np.asarray(optimizer.state[p][key]).tobytes() == x.tobytes(), key
+        own = [np.asarray(optimizer.state[p][key]).tobytes() for p in params]
+        if flat:
+            assert np.asarray(state["flat"][dtype][key]).tobytes() == b"".join(own), key
+        else:
+            assert [x.tobytes() for x in leaves(state[key])] == own, key
     assert int(state["step"]) == len(rates)
 
 
 @pytest.mark.parametrize("name", pyopt.jax.NAMES)
 def test_bits(name: str) -> None:
     compare(name, {}, [None] * 5)
+
+
+@pytest.mark.parametrize("name", pyopt.jax.NAMES)
+def test_bits_with_flat_state(name: str) -> None:
+    compare(name, {}, [None] * 3, flat=True)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +125,30 @@ def test_float64() -> None:
         compare("Adam", {"amsgrad": True}, [None] * 4, "float64")
 
 
-def test_donated_memory_is_written_in_place() -> None:
+def test_flat_state_of_two_dtypes() -> None:
+    """Many leaves, of both dtypes by turns, with sizes that leave the next one unaligned."""
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        rng = np.random.default_rng(0)
+        adam = pyopt.jax.AdamW(amsgrad=True)
+        params = [jnp.array(rng.standard_normal(i % 9), ("float32", "float64")[i % 2]) for i in range(150)]
+        other, states = params, [adam.init(params), adam.init(params, flat=True)]
+        step = jax.jit(adam.step, donate_argnums=(2,))
+        for _ in range(3):
+            grads = [jnp.array(rng.standard_normal(p.shape), p.dtype) for p in params]
+            params, states[0] = step(params, grads, states[0])
+            other, states[1] = step(other, grads, states[1])
+        assert [x.tobytes() for x in leaves(params)] == [x.tobytes() for x in leaves(other)]
+        for dtype, arrays in states[1]["flat"].items():
+            for key, x in arrays.items():
+                own = [s for p, s in zip(params, states[0][key], strict=True) if str(p.dtype) == dtype]
+                assert np.asarray(x).tobytes() == b"".join(s.tobytes() for s in leaves(own))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_donated_memory_is_written_in_place(flat: bool) -> None:
     adam = pyopt.jax.Adam()
     params = {"w": jnp.ones(100_000), "b": jnp.ones(10)}
-    state = adam.init(params)
+    state = adam.init(params, flat)
     step = jax.jit(adam.step, donate_argnums=(0, 2))
     grads = {"w": jnp.ones(100_000), "b": jnp.ones(10)}
     params, state = step(params, grads, state)
@@ -131,13 +159,14 @@ def test_donated_memory_is_written_in_place() -> None:
     assert old["w"].is_deleted()
 
 
-def test_without_donation_the_old_values_stay() -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_without_donation_the_old_values_stay(flat: bool) -> None:
     adam = pyopt.jax.Adam(lr=0.5)
     params, grads = {"w": jnp.ones(1000)}, {"w": jnp.ones(1000)}
-    state = adam.init(params)
+    state = adam.init(params, flat)
     for step in (adam.step, jax.jit(adam.step)):
         new, new_state = step(params, grads, state)
-        assert float(params["w"][0]) == 1 and float(state["exp_avg"]["w"][0]) == 0
+        assert float(params["w"][0]) == 1 and not any(x.any() for x in leaves(state))
         assert float(new["w"][0]) == 0.5 and int(new_state["step"]) == 1
 
 
@@ -217,6 +246,11 @@ def test_bad_names_and_options() -> None:
         (lambda p, g, s: (p, {**g, "b": g["b"].astype("int32")}, s), ValueError, r"grads\['b'\] is int32 of shape"),
         (lambda p, g, s: ({**p, "b": p["b"].astype("int32")}, g, s), TypeError, r"params\['b'\] is int32, must be"),
         (lambda p, g, s: (p, g, {"step": s["step"]}), ValueError, r"state has no 'exp_avg', only \['step'\]"),
+        (
+            lambda p, g, s: (p, g, pyopt.jax.Adam().init({"w": p["w"]}, flat=True)),
+            ValueError,
+            r"state 'flat' has {'float32': {'exp_avg': \('float32', \(3,\)\), .*, must have .* \(5,\)",
+        ),
         (lambda p, g, s: (p, g, s, jnp.ones(2)), ValueError, r"lr has the shape \(2,\), must be a scalar"),
         (lambda p, g, s: (p, g, s, -1.0), Exception, "slot 0: lr == -1, must be >= 0"),
         (lambda p, g, s: (p, g, {**s, "step": s["step"] - 5}), Exception, "slot 0: step == -4, must be >= 1"),
