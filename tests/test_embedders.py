@@ -44,17 +44,22 @@ def test_cython(tmp_path: Path) -> None:
     assert len(accuracies(outputs[0])) == 3 and accuracies(outputs[0])[-1] > 94
 
 
-def test_cpp(library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("builder", ["g++", "cmake"])
+def test_cpp(builder: str, library: Path, tmp_path: Path) -> None:
     """A C++ program on libpyopt, with threads of its own: the same digest for every number of them."""
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler")
+    if not all(map(shutil.which, ["g++", builder])):
+        pytest.skip(f"no g++ or no {builder}")
     example = EXAMPLES / "embedding_cpp"
     run(sys.executable, example / "export_digits.py", "digits.bin", cwd=tmp_path)
-    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    source = [example / "train_digits.cpp", f"-I{library}", library / "libpyopt.a", "-fopenmp", "-o", "train"]
-    run("g++", "-std=c++17", "-O3", *warnings, *source, cwd=tmp_path)
-    outputs = [run("./train", "digits.bin", "--epochs", "3", "--threads", n, cwd=tmp_path) for n in "123"]
+    if builder == "cmake":
+        run("cmake", "-S", example, "-B", ".", f"-DPYOPT={library}", cwd=tmp_path)
+        run("cmake", "--build", ".", cwd=tmp_path)
+    else:
+        warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+        source = [example / "train_digits.cpp", f"-I{library}", library / "libpyopt.a", "-fopenmp"]
+        run("g++", "-std=c++17", "-O3", *warnings, *source, "-o", "train_digits", cwd=tmp_path)
+    outputs = [run("./train_digits", "digits.bin", "--epochs", "3", "--threads", n, cwd=tmp_path) for n in "123"]
     assert outputs[0] == outputs[1] == outputs[2] and "digest" in outputs[0]
     assert len(accuracies(outputs[0])) == 3 and accuracies(outputs[0])[-1] > 94
-    bad = subprocess.run(["./train", "missing"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    bad = subprocess.run(["./train_digits", "missing"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stderr) == (1, "missing is not what export_digits.py writes\n")
