@@ -15,6 +15,7 @@ from weakref import ref
 
 flats, fold, flat_state = {}, None, None
 cdef dict members = {}  # (Flat, place in it) by the id of a parameter
+cdef object guard = object()  # of both tables, where they change
 
 
 def fold_by(function, kind):
@@ -58,8 +59,9 @@ cdef class Flat:
                 (<Flat>members[id(p)][0]).forget()
         self.index = {id(p): i for i, p in enumerate(params)}
         self.references = [ref(p, self.forget) for p in params]
-        members.update({key: (self, i) for key, i in self.index.items()})
-        flats[id(params[0])] = self
+        with cython.critical_section(guard):
+            members.update({key: (self, i) for key, i in self.index.items()})
+            flats[id(params[0])] = self
 
     def __dealloc__(self):
         PyMem_Free(self.starts)
@@ -67,11 +69,10 @@ cdef class Flat:
 
     def forget(self, _=None):
         """No longer be found: one of the parameters is gone, or on its own again."""
-        for key in self.index:
-            with cython.critical_section(members):
+        with cython.critical_section(guard):
+            for key in self.index:
                 if members.get(key, (None,))[0] is self:
                     members.pop(key, None)
-            with cython.critical_section(flats):
                 if flats.get(key) is self:
                     flats.pop(key, None)
         # Those with a call would keep the blocks alive until the garbage collector comes.
