@@ -69,9 +69,9 @@ DIRECTIVES = {
     "cdivision": True,
     "initializedcheck": DEBUG,
     "nonecheck": DEBUG,
-    # A Python without the GIL turns it on for us: the walk of a step holds dicts of the user's by borrowed references,
-    # which another thread could free there. Between optimizers, and around a step, the locks hold without it.
-    "freethreading_compatible": False,
+    # What another thread may replace is held by references of our own, and dicts of others are walked in critical
+    # sections, which are nothing with the GIL.
+    "freethreading_compatible": True,
 }
 
 

@@ -1,7 +1,8 @@
 # Steps on NumPy arrays. What a step needs to know of an array is read from its own fields, in every step: whatever was
 # set in place since, shape, strides, dtype, flags or memory, is followed or refused.
 
-from cpython.dict cimport PyDict_Clear, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem, PyDict_Update
+cimport cython
+from cpython.dict cimport PyDict_Clear, PyDict_Contains, PyDict_Next, PyDict_SetItem, PyDict_Update
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
@@ -59,8 +60,10 @@ cdef int bfloat16_type = -1  # that of ml_dtypes, which NumPy numbers when it is
 cdef int find_bfloat16() except -1:
     """Take the number of bfloat16 where there is one."""
     global bfloat16_type
-    if bfloat16_type < 0 and PyDict_GetItemWithError(modules, "ml_dtypes") != NULL:
-        bfloat16_type = np.dtype(modules["ml_dtypes"].bfloat16).num
+    if bfloat16_type < 0 and PyDict_Contains(modules, "ml_dtypes"):
+        kind = getattr(modules.get("ml_dtypes"), "bfloat16", None)  # not yet while another thread imports it
+        if kind is not None:
+            bfloat16_type = np.dtype(kind).num
     return 0
 
 
@@ -241,14 +244,18 @@ cdef class ArrayWorkspace(Workspace):
         cdef Py_ssize_t position = 0
         cdef PyObject *key
         cdef PyObject *value
-        while PyDict_Next(<object>row.entry, &position, &key, &value):
-            if type(<object>key) is not str and isinstance(<object>key, str):
-                what = label(index, <object>row.param)
-                raise TypeError(f"{what}: state has a key of {type(<object>key)}, must be of str")
+        kind = None
+        entry = <object>row.entry
+        with cython.critical_section(entry):
+            while PyDict_Next(entry, &position, &key, &value):
+                if type(<object>key) is not str and isinstance(<object>key, str):
+                    kind = type(<object>key)
+        if kind is not None:
+            raise TypeError(f"{label(index, <object>row.param)}: state has a key of {kind}, must be of str")
         return 0
 
     cdef bint holds(self, PyObject *entry, name) except -1:
-        return PyDict_GetItemWithError(<object>entry, name) != NULL
+        return PyDict_Contains(<object>entry, name)
 
     cdef dict make_state(self, Row *row, Py_ssize_t index, Plan plan, optimizer):
         check_data(label(index, <object>row.param), <object>row.data)  # no state for what cannot be stepped
@@ -549,7 +556,8 @@ cdef class ArrayBatch(Batch):
                 self.refuse(k, grads[k], owners[k], names[k])
             p = g
             if owners[k] is not None:
-                view(<PyObject *>(<object>owners[k])._data, &p)
+                data = owners[k]._data
+                view(<PyObject *>data, &p)
                 if not same_shape(&p, &g):
                     self.refuse(k, grads[k], owners[k], names[k])
             if same_order(&p, &g) and is_dense(&g) and <size_t>g.data % g.itemsize == 0:
@@ -557,8 +565,7 @@ cdef class ArrayBatch(Batch):
                 continue
             if writes and overlaps_itself(grads[k].shape, grads[k].strides, grads[k].itemsize):
                 self.refuse(k, grads[k], owners[k], names[k])
-            like = grads[k] if owners[k] is None else owners[k]._data
-            copy = np.empty_like(like, grads[k].dtype, subok=False)
+            copy = np.empty_like(grads[k] if owners[k] is None else data, grads[k].dtype, subok=False)
             np.copyto(copy, grads[k])
             view(<PyObject *>copy, &g)
             self.add(g.data, g.size, kind, copy)

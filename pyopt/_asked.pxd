@@ -19,6 +19,6 @@ cdef class Asked:
 
 
 cdef class Average:
-    cdef public dict arrays, joined, kept
+    cdef dict by_param, joined_at, aside
     cdef public long long n_averaged, steps
     cdef public bint is_swapped

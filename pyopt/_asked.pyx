@@ -1,5 +1,7 @@
 # What a step may be asked for beside its rule: its arguments, and the averages that it updates.
 
+cimport cython
+
 from pyopt._engine cimport AVERAGES
 
 from pyopt.checks import number, positive_or_inf
@@ -42,7 +44,24 @@ cdef class Average:
     """
 
     def __cinit__(self):
-        self.arrays, self.joined, self.kept = {}, {}, {}
+        self.by_param, self.joined_at, self.aside = {}, {}, {}
+
+    # Other threads read these while a step or `restore` puts others in their place.
+
+    @property
+    def arrays(self):
+        with cython.critical_section(self):
+            return self.by_param
+
+    @property
+    def joined(self):
+        with cython.critical_section(self):
+            return self.joined_at
+
+    @property
+    def kept(self):
+        with cython.critical_section(self):
+            return self.aside
 
     def is_due(self, step):
         """Whether it is updated in a step, counted from 1."""
@@ -54,4 +73,5 @@ cdef class Average:
 
     def restore(self, dict arrays, dict joined, long long n_averaged, long long steps):
         """Become what another one was."""
-        self.arrays, self.joined, self.n_averaged, self.steps = arrays, joined, n_averaged, steps
+        with cython.critical_section(self):
+            self.by_param, self.joined_at, self.n_averaged, self.steps = arrays, joined, n_averaged, steps

@@ -794,7 +794,8 @@ cdef extern from *:
 
 cdef int team = 1  # what holds now: that of the block entered last of those still open, else the base
 cdef int base_team = 1  # as set outside of blocks; pyopt.threads sets the default
-cdef list open_blocks = []  # in the order in which they were entered; its critical section guards all these
+cdef list open_blocks = []  # in the order in which they were entered
+cdef object guard = object()  # its critical section guards all these; the list's own is taken by each of its methods
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
 cdef int initial_limit = openmp_default()  # what others set since or before is a limit, this is none
 cdef Py_ssize_t parallel_cost = 0  # 1 more than a test has set
@@ -818,13 +819,13 @@ cdef class TeamBlock:
         cdef OpenBlock block = OpenBlock.__new__(OpenBlock)
         block.owner, block.thread, block.threads = self, PyThread_get_thread_ident(), self.threads
         require_startable(self.threads)
-        with cython.critical_section(open_blocks):
+        with cython.critical_section(guard):
             open_blocks.append(block)
             renew_team()
 
     def __exit__(self, *_):
         cdef Py_ssize_t i
-        with cython.critical_section(open_blocks):
+        with cython.critical_section(guard):
             for i in range(len(open_blocks) - 1, -1, -1):
                 if (<OpenBlock>open_blocks[i]).owner is self:
                     del open_blocks[i]
@@ -843,7 +844,7 @@ def set_team(int threads):
     cdef OpenBlock block
     cdef unsigned long thread = PyThread_get_thread_ident()
     require_startable(threads)
-    with cython.critical_section(open_blocks):
+    with cython.critical_section(guard):
         for block in reversed(open_blocks):
             if block.thread == thread:
                 block.threads = threads

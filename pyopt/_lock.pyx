@@ -1,5 +1,6 @@
 # The lock around the steps of one optimizer: one thread at a time, which a fork does not leave held.
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 
 import os
@@ -14,13 +15,23 @@ cdef extern from "Python.h" nogil:
     void PyThread_release_lock(void *)
     unsigned long PyThread_get_thread_ident()
 
+cdef extern from *:
+    """
+    #define load_word(at) __atomic_load_n(at, __ATOMIC_ACQUIRE)
+    #define store_word(at, x) __atomic_store_n(at, x, __ATOMIC_RELEASE)
+    """
+    unsigned long load_word(unsigned long *at) noexcept nogil
+    void store_word(unsigned long *at, unsigned long x) noexcept nogil
 
-cdef int forks = 0
+
+cdef unsigned long forks = 0
+cdef unsigned long survivor = 0  # the thread that goes on in a forked child
 
 
 def _after_fork():
-    global forks
+    global forks, survivor
     forks += 1
+    survivor = PyThread_get_thread_ident()
 
 
 if hasattr(os, "register_at_fork"):
@@ -50,27 +61,21 @@ cdef class Lock:
         """Enter a step; RuntimeError if one has begun already, in another thread unless it waits for its end."""
         self.acquire(True, wait)
         self.walking = True
-        self.stepping = not wait  # who only looks is waited for
+        store_word(&self.stepping, not wait)  # who only looks is waited for
         return 0
 
     cdef int acquire(self, bint alone, bint wait) except -1:
         cdef unsigned long me = PyThread_get_thread_ident()
         cdef int got
-        if self.forks != forks:
-            self.forks = forks
-            if self.owner != me:  # who held it does not exist in this child
-                self.lock = PyThread_allocate_lock()  # the old one may be held: it is not freed
-                if self.lock == NULL:
-                    raise MemoryError("no memory for a lock")
-                self.owner = self.depth = 0
-                self.end()
-        if self.owner == me:  # other threads never write this thread's name, so this holds without the GIL too
+        if load_word(&self.forks) != forks:
+            self.renew()
+        if load_word(&self.owner) == me:  # other threads never write this thread's name
             if alone and self.walking:
                 raise RuntimeError("step() of this optimizer is already running: it was called from inside itself")
             self.depth += 1
             return 0
         if not PyThread_acquire_lock(self.lock, 0):
-            if self.stepping and not wait:
+            if load_word(&self.stepping) and not wait:
                 raise RuntimeError("step() of this optimizer is already running in another thread")
             while True:
                 with nogil:
@@ -78,18 +83,39 @@ cdef class Lock:
                 if got != PY_LOCK_INTR:
                     break
                 PyErr_CheckSignals()
-        self.owner = me
+        store_word(&self.owner, me)
         self.depth = 1
+        if self.left_behind:
+            self.left_behind = False
+            self.end()
+        return 0
+
+    @cython.critical_section
+    cdef int renew(self) except -1:
+        """Be free in a forked child, whose threads find this one after the other, unless its one holds it."""
+        cdef void *lock
+        if self.forks == forks:
+            return 0
+        if self.owner != survivor:  # who held it does not exist here
+            lock = PyThread_allocate_lock()  # the old one may be held: it is not freed
+            if lock == NULL:
+                raise MemoryError("no memory for a lock")
+            self.lock = lock
+            self.left_behind = True
+            store_word(&self.stepping, False)
+            store_word(&self.owner, 0)
+        store_word(&self.forks, forks)
         return 0
 
     cdef int give_back(self) noexcept:
         self.depth -= 1
         if self.depth == 0:
-            self.owner = 0
+            store_word(&self.owner, 0)
             PyThread_release_lock(self.lock)
         return 0
 
     cdef int end(self) noexcept:
         """Let go of all that the walk has held."""
-        self.stepping = self.walking = False
+        self.walking = False
+        store_word(&self.stepping, False)
         return 0

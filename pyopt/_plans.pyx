@@ -1,6 +1,7 @@
 # What a step needs to know of a param group: found once, and used until the group changes.
 
-from cpython.dict cimport PyDict_Copy, PyDict_GetItemWithError, PyDict_Next, PyDict_Size
+cimport cython
+from cpython.dict cimport PyDict_Contains, PyDict_Copy, PyDict_GetItemWithError, PyDict_Next, PyDict_Size
 from libc.math cimport isfinite
 
 from pyopt import storage
@@ -44,16 +45,17 @@ cdef bint is_as_seen(group, dict seen) except -1:
     cdef PyObject *value
     if seen is None or not isinstance(group, dict):
         return False
-    while PyDict_Next(group, &position, &key, &value):
-        if type(<object>key) is not str:
-            return False
-        if PyDict_GetItemWithError(seen, <object>key) == value:
-            continue
-        if <str><object>key == "params" or <str><object>key == "param_names" or <str><object>key == "rounding_step":
-            others += 1
-        else:
-            return False
-    return PyDict_GetItemWithError(group, "params") != NULL and PyDict_Size(group) - others == PyDict_Size(seen)
+    with cython.critical_section(group):
+        while PyDict_Next(group, &position, &key, &value):
+            if type(<object>key) is not str:
+                return False
+            if PyDict_GetItemWithError(seen, <object>key) == value:
+                continue
+            if <str><object>key == "params" or <str><object>key == "param_names" or <str><object>key == "rounding_step":
+                others += 1
+            else:
+                return False
+        return PyDict_Contains(group, "params") and PyDict_Size(group) - others == PyDict_Size(seen)
 
 
 cdef list numbers_of(dict options, known):

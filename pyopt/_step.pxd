@@ -77,7 +77,7 @@ cdef struct Row:  # one parameter
 cdef class Workspace(Lock):
     # From step to step.
     cdef list plans
-    cdef readonly object last_grad_norm
+    cdef object norm  # of the last step that computed it
     cdef public long long skipped_steps
     cdef dict copies  # private copies of gradients, by row
     cdef Row *rows
@@ -117,6 +117,7 @@ cdef class Workspace(Lock):
     cdef list averages, weights, averaged  # those that this step updates, how far, and (array, weight) row by row
     cdef list gradients, fills, drops  # as the parameters have them, and what becomes of those that are not swept
 
+    cdef int note_norm(self, norm) except -1
     cdef bint gather(self, optimizer, list grads) except -1
     cdef int ask(self, optimizer, Asked asked) except -1
     cdef int ride(self, Average average, Rule rule) except -1
@@ -144,7 +145,7 @@ cdef class Workspace(Lock):
     cdef int use_copy(self, Row *row, Py_ssize_t index, copy) except -1
     cdef int add_slot(self, Plan plan, optimizer, Py_ssize_t step, tuple before) except -1
     cdef int repeat_slot(self) except -1
-    cdef PyObject *find_entry(self, param) except? NULL
+    cdef bint take_entry(self, Row *row) except -1
     cdef int look(self, optimizer) except -1
     cdef int look_once(self) except -1
     cdef Py_ssize_t look_at_rows(self, Row *row, Work *work, const View *p, const void *indices, int itemsize,

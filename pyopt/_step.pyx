@@ -12,12 +12,15 @@
 # From the last look to the end of commit no bytecode runs, so no signal and no exception can come between. A workspace
 # keeps nothing of the user's between steps; what it remembers are numbers, and plans made whole and put in place whole.
 
-from cpython.dict cimport PyDict_Copy, PyDict_DelItem, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem
+cimport cython
+from cpython.dict cimport (
+    PyDict_Copy, PyDict_DelItem, PyDict_GetItemRef, PyDict_GetItemWithError, PyDict_Next, PyDict_SetItem,
+)
 from cpython.float cimport PyFloat_FromDouble
 from cpython.list cimport PyList_SetItem
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.object cimport PyObject, PyObject_SetAttr
-from cpython.ref cimport Py_INCREF, Py_XDECREF
+from cpython.ref cimport Py_INCREF, Py_XDECREF, Py_XINCREF
 from libc.math cimport fabs, isfinite
 from libc.stdlib cimport qsort
 from libc.string cimport memcmp, memcpy, memset
@@ -68,10 +71,11 @@ cdef class Swapped:
         self.average, self.workspace, self.optimizer = average, workspace, optimizer
 
     def __enter__(self):
-        for average in [self.average, *self.optimizer._averages]:
-            if (<Average?>average).is_swapped:
-                raise RuntimeError("an average has changed places with the parameters already (swapped())")
-        self.workspace.exchange(self.optimizer, self.average)
+        with self.workspace:
+            for average in [self.average, *self.optimizer._averages]:
+                if (<Average?>average).is_swapped:
+                    raise RuntimeError("an average has changed places with the parameters already (swapped())")
+            self.workspace.exchange(self.optimizer, self.average)
 
     def __exit__(self, *_):
         self.workspace.exchange(self.optimizer, self.average)
@@ -88,6 +92,16 @@ cdef class Workspace(Lock):
 
     def __reduce__(self):
         return type(self), ()  # a copy begins anew
+
+    @property
+    def last_grad_norm(self):
+        with cython.critical_section(self):  # another thread's step may put another one in its place
+            return self.norm
+
+    @cython.critical_section
+    cdef int note_norm(self, norm) except -1:
+        self.norm = norm
+        return 0
 
     def __dealloc__(self):
         cdef Py_ssize_t k
@@ -196,9 +210,9 @@ cdef class Workspace(Lock):
             for k in range(self.n_work):
                 param = <object>self.rows[self.work[k].row].param
                 if self.work[k].averaged[0].kept != NULL:
-                    del average.kept[param]
+                    del average.aside[param]
                 elif param in self.kept:
-                    average.kept[param] = self.kept[param]
+                    average.aside[param] = self.kept[param]
         finally:
             self.end()
             self.give_back()
@@ -209,7 +223,7 @@ cdef class Workspace(Lock):
         try:
             self.bare = self.exchanging = True
             if average.n_averaged == 0 and not average.is_swapped:
-                average.arrays = {}  # copies of the parameters as they are now
+                average.restore({}, average.joined_at, 0, average.steps)  # copies of the parameters as they are now
             self.ride(average, AVERAGE)
             self.collect(optimizer, None)
         finally:
@@ -221,7 +235,7 @@ cdef class Workspace(Lock):
     cdef int ask(self, optimizer, Asked asked) except -1:
         """Take what this step is asked for, and the averages that it updates."""
         cdef Average average
-        self.last_grad_norm = None
+        self.note_norm(None)
         if asked is not None:
             self.gradient_factor *= asked.gradient_factor
             self.max_norm, self.needs_norm = asked.max_norm, asked.needs_norm
@@ -248,21 +262,21 @@ cdef class Workspace(Lock):
     cdef int take_averages(self, Row *row, Py_ssize_t index) except -1:
         """Hold the averages of a parameter, each with the weight of its next update."""
         cdef Average average
-        cdef PyObject *found
+        cdef PyObject *found = NULL
         cdef Py_ssize_t j
         param = <object>row.param
         for j in range(len(self.averages)):
             average = self.averages[j]
-            found = find_next(average.arrays, &self.cursors[j], param)
-            if found == NULL:
-                if average.n_averaged:
-                    average.joined[param] = average.n_averaged
-                array = average.arrays[param] = self.first_average(row, index)
-            else:
+            if take_next(average.by_param, &self.cursors[j], param, &found):
                 array = <object>found
+                let_go(&found)
+            else:
+                if average.n_averaged:
+                    average.joined_at[param] = average.n_averaged
+                array = average.by_param[param] = self.first_average(row, index)
             weight = self.weights[j]
-            if average.joined and not self.exchanging:
-                weight = average.weight(average.n_averaged - average.joined.get(param, 0))
+            if average.joined_at and not self.exchanging:
+                weight = average.weight(average.n_averaged - average.joined_at.get(param, 0))
             self.averaged.append((array, weight))
             if self.exchanging and self.extras.kernel == &EXCHANGE.kernel:
                 self.keep_average(row, average, array)
@@ -273,19 +287,19 @@ cdef class Workspace(Lock):
         cdef View p
         if self.kept is None:
             self.kept = {}
-        if self.read_view(row.data, &p) != OTHER and is_short(&p) and <object>row.param not in average.kept:
+        if self.read_view(row.data, &p) != OTHER and is_short(&p) and <object>row.param not in average.aside:
             self.kept[<object>row.param] = self.copy_of(array)
         return 0
 
     cdef const char *kept_of(self, Row *row, const View *p) except? NULL:
         """Where the numbers of an average lie that comes back from the place of its parameter; NULL for there."""
-        cdef PyObject *found
         cdef View k
         if not self.exchanging or not is_short(p):
             return NULL
-        found = PyDict_GetItemWithError((<Average>self.averages[0]).kept, <object>row.param)
-        if found == NULL or self.read_view(found, &k) != OF_FLOAT32 or k.size != p.size:
+        kept = (<Average>self.averages[0]).aside.get(<object>row.param)
+        if kept is None or self.read_view(<PyObject *>kept, &k) != OF_FLOAT32 or k.size != p.size:
             return NULL
+        self.kept[<object>row.param] = kept  # it is held until the sweep is over
         return k.data
 
     cdef Stored *stored_of(self, Work *work) except NULL:
@@ -366,7 +380,7 @@ cdef class Workspace(Lock):
         cdef double norm_of_all = norm_of(self.gradient_sums, 2) * fabs(self.gradient_factor)
         cdef Py_ssize_t k
         self.norm_known = True
-        self.last_grad_norm = norm_of_all
+        self.note_norm(norm_of_all)
         if not isfinite(norm_of_all):
             if self.nonfinite == RAISE:
                 for k in range(self.n_rows):
@@ -433,7 +447,7 @@ cdef class Workspace(Lock):
         cdef list params
         cdef Plan plan
         cdef Row *row
-        cdef PyObject *found
+        cdef PyObject *found = NULL
         cdef tuple before = None, last_before = None
         states = optimizer.state
         if not isinstance(states, dict):
@@ -464,11 +478,14 @@ cdef class Workspace(Lock):
                 self.roundings[g] = group, step + 1, key_of_block(mixed(plan.storage["seed"]), step)
             if self.bare and not isinstance(group, dict):
                 raise TypeError(f"param group {g} is a {type(group).__name__}, must be a dict")
-            found = PyDict_GetItemWithError(group, "params")
-            if found == NULL or not isinstance(<object>found, (list, tuple)):
-                what = "missing" if found == NULL else f"a {type(<object>found).__name__}"
-                raise TypeError(f"'params' of param group {g} is {what}, must be a list of parameters")
-            params = self.units(list(<object>found), g, plan)
+            if not PyDict_GetItemRef(group, "params", &found):
+                raise TypeError(f"'params' of param group {g} is missing, must be a list of parameters")
+            given = <object>found
+            let_go(&found)
+            if not isinstance(given, (list, tuple)):
+                kind = type(given).__name__
+                raise TypeError(f"'params' of param group {g} is a {kind}, must be a list of parameters")
+            params = self.units(list(given), g, plan)
             if grads is not None and len(grads) < k + len(params):
                 raise ValueError(f"grads has {len(grads)} items, must have more: one per parameter")
             self.reserve(k + len(params))
@@ -497,9 +514,8 @@ cdef class Workspace(Lock):
                     row.route = KERNEL
                     row.beside = True
                     if plan is not None and plan.master_name is not None:
-                        found = self.find_entry(params[i])
-                        if found != NULL and isinstance(<object>found, dict):
-                            self.take_aside(row, plan, found, k)
+                        if self.take_entry(row) and isinstance(<object>row.entry, dict):
+                            self.take_aside(row, plan, row.entry, k)
                 if self.averages:
                     self.take_averages(row, k)
                 if row.route == KERNEL and not row.beside:
@@ -527,23 +543,20 @@ cdef class Workspace(Lock):
 
     cdef Py_ssize_t take_state(self, Row *row, Plan plan, optimizer, Py_ssize_t index) except -1:
         """Take the state of a row, or a new one; the number of its step, 1 or 2 where steps are not counted."""
-        cdef PyObject *entry = self.find_entry(<object>row.param)
-        cdef PyObject *array
         cdef PyObject *source
         cdef int j
         cdef bint has_master = plan.master_name is not None and self.has_master(row, plan)
         first_name = plan.master_name if plan.stateless and has_master else plan.first_name
-        if entry != NULL:
-            if not isinstance(<object>entry, dict):
-                check_state_is_dict(label(index, <object>row.param), <object>entry)
-            hold(&row.entry, <object>entry)
+        if self.take_entry(row):
+            if not isinstance(<object>row.entry, dict):
+                check_state_is_dict(label(index, <object>row.param), <object>row.entry)
             self.check_entry(row, index)
         if first_name is None:
             return 2
-        if entry == NULL or not self.holds(entry, first_name):
-            if entry != NULL:
+        if row.entry == NULL or not self.holds(row.entry, first_name):
+            if row.entry != NULL:
                 for name in (*self.count_names, *plan.names):
-                    if name is not None and self.holds(entry, name):
+                    if name is not None and self.holds(row.entry, name):
                         self.lacks(row, index, first_name)
                         return 2
             hold(&row.made, self.make_state(row, index, plan, optimizer))
@@ -551,19 +564,15 @@ cdef class Workspace(Lock):
         source = row.made if row.made != NULL else row.entry
         for j in range(self.n_counts):
             name = self.count_names[j]
-            array = PyDict_GetItemWithError(<object>source, name)
-            if array == NULL:
+            if not PyDict_GetItemRef(<object>source, name, &row.count[j]):
                 self.lacks(row, index, name)
                 return 2
-            hold(&row.count[j], <object>array)
         for j in range(STATES):
             if plan.name[j] == NULL:
                 continue
-            array = PyDict_GetItemWithError(<object>source, <object>plan.name[j])
-            if array == NULL:
+            if not PyDict_GetItemRef(<object>source, <object>plan.name[j], &row.state[j]):
                 self.lacks(row, index, <object>plan.name[j])
                 return 2
-            hold(&row.state[j], <object>array)
         if plan.storage is not None:
             self.take_aside(row, plan, source, index)
         self.take_arrays(row, index)
@@ -574,23 +583,18 @@ cdef class Workspace(Lock):
     cdef int take_aside(self, Row *row, Plan plan, PyObject *source, Py_ssize_t index) except -1:
         """Take what the state keeps beside the parameter, and beside each array."""
         row.has_aside = True
-        cdef PyObject *array
         cdef int j
         if plan.master_name is not None and self.has_master(row, plan):
-            array = PyDict_GetItemWithError(<object>source, plan.master_name)
-            if array == NULL:
+            if not PyDict_GetItemRef(<object>source, plan.master_name, &row.aside[0]):
                 return self.lacks(row, index, plan.master_name)
-            hold(&row.aside[0], <object>array)
         for j in range(len(plan.aside_names or ())):
-            if row.state[j] != NULL:
-                array = PyDict_GetItemWithError(<object>source, plan.aside_names[j])
-                if array != NULL:  # it is not where there are too few elements
-                    hold(&row.aside[1 + j], <object>array)
+            if row.state[j] != NULL:  # there is none where there are too few elements
+                PyDict_GetItemRef(<object>source, plan.aside_names[j], &row.aside[1 + j])
         return 0
 
-    cdef PyObject *find_entry(self, param) except? NULL:
-        """The entry of optimizer.state, NULL if there is none."""
-        return find_next(self.states, &self.cursor, param)
+    cdef bint take_entry(self, Row *row) except -1:
+        """Take the entry of optimizer.state; whether there is one."""
+        return take_next(self.states, &self.cursor, <object>row.param, &row.entry)
 
     cdef object last_copy(self, Py_ssize_t index):
         """The private copy of a row's gradient from the last step, None if there was none."""
@@ -877,11 +881,12 @@ cdef class Workspace(Lock):
         for k in range(self.n_rows):
             row = &self.rows[k]
             if row.route == KERNEL and row.made != NULL and row.entry != NULL:
-                position = 0
+                position, entry = 0, <object>row.entry
                 while PyDict_Next(<object>row.made, &position, &key, &value):
                     try:
-                        if PyDict_GetItemWithError(<object>row.entry, <object>key) == value:
-                            PyDict_DelItem(<object>row.entry, <object>key)
+                        with cython.critical_section(entry):
+                            if PyDict_GetItemWithError(entry, <object>key) == value:
+                                PyDict_DelItem(entry, <object>key)
                     except BaseException:  # a key with a hash of its own
                         pass
         self.armed = False
@@ -1081,18 +1086,21 @@ cdef class Workspace(Lock):
         return 0
 
 
-cdef PyObject *find_next(items, Py_ssize_t *cursor, param) except? NULL:
-    """What a dict has for a parameter, NULL for nothing; without a hash where it stands in the parameters' order."""
+cdef bint take_next(items, Py_ssize_t *cursor, param, PyObject **place) except -1:
+    """Hold what a dict has for a parameter; whether it has it. Without a hash where it stands in their order."""
     cdef Py_ssize_t next = cursor[0]
     cdef PyObject *key
     cdef PyObject *value
-    if PyDict_Next(items, &next, &key, &value):
-        if key == <PyObject *>param:
-            cursor[0] = next
-            return value
-    elif cursor[0] == 0:
-        return NULL
-    return PyDict_GetItemWithError(items, param)
+    with cython.critical_section(items):
+        if PyDict_Next(items, &next, &key, &value):
+            if key == <PyObject *>param:
+                cursor[0] = next
+                Py_XINCREF(value)
+                place[0] = value
+                return True
+        elif cursor[0] == 0:
+            return False
+    return PyDict_GetItemRef(items, param, place)
 
 
 cdef void hold(PyObject **place, value) noexcept:

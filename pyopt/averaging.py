@@ -26,12 +26,14 @@ class Averaging(Average):
     def __init__(self, optimizer: Any) -> None:
         if not hasattr(optimizer, "_stage"):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}, must be one of pyopt or pyopt.torch")
-        if len(optimizer._averages) == MOST_AVERAGES:
-            raise ValueError(f"the optimizer has {MOST_AVERAGES} averages already, must have at most so many")
         super().__init__()
         self.optimizer = optimizer
-        self.require_all()
-        optimizer._averages = [*optimizer._averages, self]
+        workspace, _ = optimizer._stage()
+        with workspace:
+            if len(optimizer._averages) == MOST_AVERAGES:
+                raise ValueError(f"the optimizer has {MOST_AVERAGES} averages already, must have at most so many")
+            self.require_all()
+            optimizer._averages = [*optimizer._averages, self]
 
     def __reduce__(self) -> Any:
         self._refuse_swapped()
@@ -54,11 +56,15 @@ class Averaging(Average):
     @property
     def averages(self) -> list[Any]:
         """The averages themselves, in the order of the optimizer's parameters; copies of those before the first."""
-        return [self.arrays[p] for p in self.require_all()]
+        workspace, _ = self.optimizer._stage()
+        with workspace:
+            return [self.arrays[p] for p in self.require_all()]
 
     def detach(self) -> None:
         """Stay as it is: later steps of the optimizer do not update it."""
-        self.optimizer._averages = [each for each in self.optimizer._averages if each is not self]
+        workspace, _ = self.optimizer._stage()
+        with workspace:
+            self.optimizer._averages = [each for each in self.optimizer._averages if each is not self]
 
     def swapped(self) -> AbstractContextManager[None]:
         """A block in which the parameters hold the average, and the average the parameters.
@@ -88,10 +94,10 @@ class Averaging(Average):
         Raises:
             RuntimeError: inside of `swapped()`.
         """
-        self._refuse_swapped()
-        params = self.require_all()
         workspace, _ = self.optimizer._stage()
         with workspace:
+            self._refuse_swapped()
+            params = self.require_all()
             arrays = [workspace.copied(label(i, p), self.arrays[p], self.arrays[p]) for i, p in enumerate(params)]
             numbers = {"n_averaged": self.n_averaged, "steps": self.steps}
             joined = [self.joined.get(p, 0) for p in params]

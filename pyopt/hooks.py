@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 from weakref import ref
 
-_ids = count()
+_ids = count(1)
 
 Hook = Callable[..., Any]
 # hook(optimizer, args, kwargs), hook(optimizer, state_dict) and hook(optimizer).
@@ -17,18 +16,21 @@ StateDictHook = Callable[[Any, dict[str, Any]], Any]
 OptimizerHook = Callable[[Any], Any]
 
 
-class Hooks(OrderedDict[int, Hook]):
-    """Callables in the order in which they run."""
+class Hooks(dict[int, Hook]):
+    """Callables, which run in the order of their keys."""
 
     def register(self, hook: Hook, prepend: bool = False) -> RemovableHandle:
         """Add a hook, at the front with prepend=True."""
         if not callable(hook):
             raise TypeError(f"hook == {hook!r}, must be callable")
-        handle = RemovableHandle(self, next(_ids))
+        place = next(_ids)
+        handle = RemovableHandle(self, -place if prepend else place)
         self[handle.id] = hook
-        if prepend:
-            self.move_to_end(handle.id, last=False)
         return handle
+
+    def in_order(self) -> list[Hook]:
+        """Those of now, whatever they or other threads add or remove while they run."""
+        return [hook for _, hook in sorted(self.items())]
 
 
 class RemovableHandle:
@@ -79,14 +81,14 @@ class Hooked:
     def _step_with_hooks(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """step(*args, **kwargs) between the hooks, which see its arguments with the optimizer in front, as in torch."""
         args = (self, *args)
-        for hook in (*global_step_pre_hooks.values(), *self._step_pre_hooks.values()):
+        for hook in (*global_step_pre_hooks.in_order(), *self._step_pre_hooks.in_order()):
             changed = hook(self, args, kwargs)
             if changed is not None:
                 if not (isinstance(changed, tuple) and len(changed) == 2):
                     raise RuntimeError(f"{hook} returned {changed!r}, must return None or (new_args, new_kwargs)")
                 args, kwargs = changed
         loss = step(*args[1:], **kwargs)
-        for hook in (*self._step_post_hooks.values(), *global_step_post_hooks.values()):
+        for hook in (*self._step_post_hooks.in_order(), *global_step_post_hooks.in_order()):
             hook(self, args, kwargs)
         return loss
 

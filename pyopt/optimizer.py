@@ -137,23 +137,24 @@ class Optimizer(Hooked):
                 f"param_group has no 'params', only {sorted(map(str, param_group))}; a list of mappings by name must "
                 "stand in a mapping itself: {'layers': [...]}"
             )
-        live = self._parameters()
-        params, names, bare = as_parameters(param_group["params"], len(live))
-        group = {"params": params, **{k: v for k, v in param_group.items() if k != "params"}}
-        if names is not None:
-            group["param_names"] = names
-        for key, value in self.defaults.items():
-            group.setdefault(key, value)
-        group.update(checked_storage(group))
-        if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
-            raise ValueError("either all param groups have parameter names or none")
-        self.check_group(group)
-        self._check_types(params, len(live))
-        check_no_overlap(parameter_ranges([*live, *params]))
-        for p, name in zip(params, names or (), strict=False):
-            p.name = name if p.name is None else p.name
-        self._bare |= bare
-        self.param_groups.append(group)
+        with self._workspace:  # between the steps of other threads, and their groups
+            live = self._parameters()
+            params, names, bare = as_parameters(param_group["params"], len(live))
+            group = {"params": params, **{k: v for k, v in param_group.items() if k != "params"}}
+            if names is not None:
+                group["param_names"] = names
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            group.update(checked_storage(group))
+            if self.param_groups and ("param_names" in group) != ("param_names" in self.param_groups[0]):
+                raise ValueError("either all param groups have parameter names or none")
+            self.check_group(group)
+            self._check_types(params, len(live))
+            check_no_overlap(parameter_ranges([*live, *params]))
+            for p, name in zip(params, names or (), strict=False):
+                p.name = name if p.name is None else p.name
+            self._bare |= bare
+            self.param_groups.append(group)
 
     def check_group(self, group: Group) -> None:
         """Raise unless the keys and hyper-parameters of a group are valid; overriders call this first."""
@@ -407,11 +408,11 @@ class Optimizer(Hooked):
             {"state": {index: {...}}, "param_groups": [{..., "params": [index, ...]}]}, parameters numbered over all
             groups. What the user has put into groups and state is in it too.
         """
-        for hook in self._state_dict_pre_hooks.values():
+        for hook in self._state_dict_pre_hooks.in_order():
             hook(self)
         with self._workspace:  # not in the middle of a step of another thread
             result = _state_dict.make(self, copy)
-        for hook in self._state_dict_post_hooks.values():
+        for hook in self._state_dict_post_hooks.in_order():
             changed = hook(self, result)
             if changed is not None:
                 result = changed
@@ -432,13 +433,13 @@ class Optimizer(Hooked):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict is a {type(state_dict).__name__}, must be a dict")
         state_dict = dict(state_dict)
-        for hook in self._load_state_dict_pre_hooks.values():
+        for hook in self._load_state_dict_pre_hooks.in_order():
             changed = hook(self, state_dict)
             if changed is not None:
                 state_dict = changed
         with self._workspace:
             _state_dict.load(self, state_dict)
-        for hook in self._load_state_dict_post_hooks.values():
+        for hook in self._load_state_dict_post_hooks.in_order():
             hook(self)
 
     # --- copies and print -------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class Side:
 
     def loaded(self, state_dict: dict[str, Any], stay: Stay) -> Loaded:
         """All checks of `load_state_dict`, and what it would do; but some things stay as they are."""
-        for hook in self.optimizer._load_state_dict_pre_hooks.values():
+        for hook in self.optimizer._load_state_dict_pre_hooks.in_order():
             changed = hook(self.optimizer, state_dict)
             state_dict = state_dict if changed is None else changed
         loaded = _state_dict.prepare(self.optimizer, state_dict)
@@ -161,7 +161,7 @@ class Side:
 
     def after(self) -> None:
         """What follows when all is done."""
-        for hook in self.optimizer._load_state_dict_post_hooks.values():
+        for hook in self.optimizer._load_state_dict_post_hooks.in_order():
             hook(self.optimizer)
 
     def typed(self, name: str, array: Array) -> Array:

@@ -66,15 +66,16 @@ class PreparedOptimizer(Optimizer):
         """Raise for a parameter of a shape that the optimizer cannot step."""
 
     def add_param_group(self, param_group: Group) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        first = len(self._parameters()) - len(group["params"])
-        try:
-            for i, p in enumerate(group["params"], first):
-                self.check_shape(label(i, p), group, p.data.shape)
-        except BaseException:
-            del self.param_groups[-1]
-            raise
+        with self._workspace:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            first = len(self._parameters()) - len(group["params"])
+            try:
+                for i, p in enumerate(group["params"], first):
+                    self.check_shape(label(i, p), group, p.data.shape)
+            except BaseException:
+                del self.param_groups[-1]
+                raise
 
     def _move(self, grads: list[Any] | None, what: Asked | None) -> None:
         self._workspace.step_by(self._prepare_all, self, grads, what)

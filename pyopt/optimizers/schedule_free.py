@@ -19,20 +19,24 @@ class TrainEval:
 
     param_groups: list[Group]
     state: Any
+    _stage: Any
 
     def add_param_group(self, param_group: Group) -> None:
         is_given = isinstance(param_group, Mapping) and "train_mode" in param_group
-        super().add_param_group(param_group)  # type: ignore[misc]
-        if not is_given:  # as the others
-            self.param_groups[-1]["train_mode"] = self.param_groups[0]["train_mode"]
+        with self._stage()[0]:
+            super().add_param_group(param_group)  # type: ignore[misc]
+            if not is_given:  # as the others
+                self.param_groups[-1]["train_mode"] = self.param_groups[0]["train_mode"]
 
     def train(self) -> None:
         """Put y into the parameters, for training; nothing happens in training mode."""
-        self._switch(True)
+        with self._stage()[0]:
+            self._switch(True)
 
     def eval(self) -> None:
         """Put the average x into the parameters, to evaluate and save the model; nothing happens in that mode."""
-        self._switch(False)
+        with self._stage()[0]:
+            self._switch(False)
 
     def _switch(self, train: bool) -> None:
         groups = [group for group in self.param_groups if group["train_mode"] != train]

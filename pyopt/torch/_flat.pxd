@@ -18,6 +18,8 @@ cdef class Flat:
     cdef int64_t *layout  # of each: number of axes, shape, strides
     cdef readonly dict index  # the place of a parameter, by its id
 
+    cdef list weak(self)
+    cdef int replace_references(self, list references) except -1
     cdef bint is_at(self, PyObject *tensor, const View *block, Py_ssize_t i, const int64_t *layout,
                     list layouts) except -1
     cdef bint is_whole(self, list params, Py_ssize_t at) except -1

@@ -1,9 +1,10 @@
 # Parameters that lie in one block of memory, as the steps see them: see flat.py.
 
-from cpython.dict cimport PyDict_GetItemWithError
+cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
-from cpython.weakref cimport PyWeakref_GetObject
+from cpython.ref cimport Py_DECREF
+from cpython.weakref cimport PyWeakref_GetRef
 from libc.stdint cimport int64_t
 from libc.string cimport memcmp, memcpy
 
@@ -14,6 +15,7 @@ from weakref import ref
 
 flats, fold, flat_state = {}, None, None
 cdef dict members = {}  # (Flat, place in it) by the id of a parameter
+cdef object guard = object()  # of both tables, where they change
 
 
 def fold_by(function, kind):
@@ -57,8 +59,9 @@ cdef class Flat:
                 (<Flat>members[id(p)][0]).forget()
         self.index = {id(p): i for i, p in enumerate(params)}
         self.references = [ref(p, self.forget) for p in params]
-        members.update({key: (self, i) for key, i in self.index.items()})
-        flats[id(params[0])] = self
+        with cython.critical_section(guard):
+            members.update({key: (self, i) for key, i in self.index.items()})
+            flats[id(params[0])] = self
 
     def __dealloc__(self):
         PyMem_Free(self.starts)
@@ -66,17 +69,28 @@ cdef class Flat:
 
     def forget(self, _=None):
         """No longer be found: one of the parameters is gone, or on its own again."""
-        for key in self.index:
-            if members.get(key, (None,))[0] is self:
-                del members[key]
-            if flats.get(key) is self:
-                del flats[key]
+        with cython.critical_section(guard):
+            for key in self.index:
+                if members.get(key, (None,))[0] is self:
+                    members.pop(key, None)
+                if flats.get(key) is self:
+                    flats.pop(key, None)
         # Those with a call would keep the blocks alive until the garbage collector comes.
-        self.references = [each if each() is None else ref(each()) for each in self.references]
+        alive = [(each, each()) for each in self.weak()]
+        self.replace_references([each if p is None else ref(p) for each, p in alive])
+
+    @cython.critical_section
+    cdef list weak(self):
+        return self.references
+
+    @cython.critical_section
+    cdef int replace_references(self, list references) except -1:
+        self.references = references
+        return 0
 
     def parameters(self):
         """The parameters, all of which must be alive."""
-        return [reference() for reference in self.references]
+        return [reference() for reference in self.weak()]
 
     def part(self, whole, Py_ssize_t i):
         """The view of a block that belongs to parameter i."""
@@ -98,18 +112,17 @@ cdef class Flat:
         cdef View data, gradient
         cdef Py_ssize_t i
         cdef const int64_t *layout = self.layout
-        cdef list layouts = []
-        cdef PyObject *param
+        cdef list layouts = [], references = self.weak()
         if at + self.count > len(params):
             return False
         view_tensor(<PyObject *>self.block, &data, layouts)
         view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
         for i in range(self.count):
-            param = PyWeakref_GetObject(self.references[i])
-            if param != <PyObject *>params[at + i] or not is_plain(<object>param):
+            param = target(references[i])
+            if param is not params[at + i] or not is_plain(param):
                 return False
-            grad = (<object>param).grad
-            if (grad is not self.gradients[i] or not self.is_at(param, &data, i, layout, layouts)
+            grad = param.grad
+            if (grad is not self.gradients[i] or not self.is_at(<PyObject *>param, &data, i, layout, layouts)
                     or not self.is_at(<PyObject *>grad, &gradient, i, layout, layouts)):
                 return False
             layout += 1 + 2 * layout[0]
@@ -120,18 +133,17 @@ cdef class Flat:
         cdef View data, gradient
         cdef Py_ssize_t i
         cdef const int64_t *layout = self.layout
-        cdef list layouts = [], found = []
+        cdef list layouts = [], found = [], references = self.weak()
         cdef set wanted = set(numbers)
         cdef bint all_of_them = len(wanted) == self.count
-        cdef PyObject *param
         view_tensor(<PyObject *>self.block, &data, layouts)
         view_tensor(<PyObject *>self.block.grad, &gradient, layouts)
         for i in range(self.count):
-            param = PyWeakref_GetObject(self.references[i])
-            if ((all_of_them or i in wanted) and is_plain(<object>param) and (<object>param).requires_grad
-                    and self.is_at(param, &data, i, layout, layouts)
+            param = target(references[i])
+            if ((all_of_them or i in wanted) and is_plain(param) and param.requires_grad
+                    and self.is_at(<PyObject *>param, &data, i, layout, layouts)
                     and self.is_at(<PyObject *>self.gradients[i], &gradient, i, layout, layouts)):
-                found.append((<object>param, self.gradients[i]))
+                found.append((param, self.gradients[i]))
             layout += 1 + 2 * layout[0]
         return found
 
@@ -144,16 +156,26 @@ cdef class Flat:
                 param.grad = place
 
 
+cdef object target(reference):
+    """What a weak reference is to, None where it is gone."""
+    cdef PyObject *found = NULL
+    PyWeakref_GetRef(reference, &found)
+    if found == NULL:
+        return None
+    held = <object>found
+    Py_DECREF(held)
+    return held
+
+
 def flat_parameters(list params):
     """Parameters with a Flat in the place of those that are whole, or None where there is none."""
     cdef Py_ssize_t k = 0
-    cdef PyObject *found
     cdef list units = []
     cdef bint any_flat = False
     while k < len(params):
-        found = PyDict_GetItemWithError(flats, id(params[k]))
-        if found != NULL and (<Flat>found).is_whole(params, k):
-            units.append(<object>found)
+        found = flats.get(id(params[k]))
+        if found is not None and (<Flat>found).is_whole(params, k):
+            units.append(found)
             k += (<Flat>found).count
             any_flat = True
         else:
@@ -164,12 +186,11 @@ def flat_parameters(list params):
 
 def members_of(list params):
     """The Flats that some parameters are of, with a list of the places of these in each."""
-    cdef PyObject *found
     cdef dict flats_of = {}
     cdef Flat flat = None
     for p in params:
-        found = PyDict_GetItemWithError(members, id(p))
-        if found == NULL:
+        found = members.get(id(p))
+        if found is None:
             continue
         if (<tuple>found)[0] is not flat:
             flat = (<tuple>found)[0]

@@ -3,10 +3,10 @@
 # What the kernels cannot step as torch would is left to torch's own step, row by row: other kinds of tensors, and those
 # that share memory, whose updates have an order.
 
-from cpython.dict cimport PyDict_GetItemWithError, PyDict_SetItem
+from cpython.dict cimport PyDict_GetItemRef, PyDict_SetItem
 from cpython.list cimport PyList_SetItem
 from cpython.object cimport PyObject
-from cpython.ref cimport Py_INCREF
+from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.math cimport isfinite
 from libc.stdint cimport uint64_t
 
@@ -189,12 +189,11 @@ cdef class TensorWorkspace(Workspace):
         """Leave a row to torch: note what torch will write and read."""
         if row.n_flat:
             raise BlockLeft(f"a block of flattened parameters cannot be stepped as one: {reason}")
-        cdef PyObject *entry = row.entry if row.entry != NULL else self.find_entry(<object>row.param)
         param = <object>row.param
         memory = []
         self.note_memory(memory, param)
-        if entry != NULL and isinstance(<object>entry, dict):
-            for value in list((<object>entry).values()):
+        if (row.entry != NULL or self.take_entry(row)) and isinstance(<object>row.entry, dict):
+            for value in list((<object>row.entry).values()):
                 self.note_memory(memory, value)
         if self.left is None:
             self.left = {}
@@ -325,8 +324,10 @@ cdef class TensorWorkspace(Workspace):
         return f"it is a {describe(param)} tensor; pyopt steps dense floats on the CPU"
 
     cdef bint holds(self, PyObject *entry, name) except -1:
-        cdef PyObject *value = PyDict_GetItemWithError(<object>entry, name)
-        return value != NULL and <object>value is not None  # torch.optim.SGD writes None where there was no momentum
+        cdef PyObject *value = NULL
+        PyDict_GetItemRef(<object>entry, name, &value)
+        Py_XDECREF(value)
+        return value != NULL and value != <PyObject *>None  # torch.optim.SGD writes None where there was no momentum
 
     cdef int lacks(self, Row *row, Py_ssize_t index, name) except -1:
         return self.leave(row, index, f"its state has no {name!r}")
@@ -722,7 +723,7 @@ cdef class TensorWorkspace(Workspace):
             self.left[k][3] = True
             for each in self.averaged[k * len(self.averages):(k + 1) * len(self.averages)]:
                 if self.exchanging:
-                    exchange_by_torch((<Average>self.averages[0]).kept, each[0], <object>self.rows[k].param)
+                    exchange_by_torch((<Average>self.averages[0]).aside, each[0], <object>self.rows[k].param)
                 else:
                     average_by_torch(each[0], <object>self.rows[k].param, each[1])
         return 0

@@ -19,7 +19,7 @@ from pyopt.parameter import is_dense, same_order
 from pyopt.torch._tensor_views import describe, extent, is_ordinary
 from pyopt.torch._tensors import TensorWorkspace, raise_versions
 from pyopt.torch.own import OwnOptimizer, constructor_of
-from pyopt.torch.step import KernelStepMixin, Side
+from pyopt.torch.step import KernelStepMixin, Side, workspace_of
 
 Tensor = torch.Tensor
 Group = dict[str, Any]
@@ -418,14 +418,15 @@ class MuonAdamW(PreparedMixin, OwnOptimizer, core=TensorMuonAdamW):
 
     def add_param_group(self, param_group: Group) -> None:
         """As torch's; ValueError for use_muon=True and a parameter that is no matrix."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            for p in group["params"]:
-                TensorMuonAdamW.check_shape("a parameter", plain(group), tuple(p.shape))
-        except BaseException:
-            del self.param_groups[-1]
-            raise
+        with workspace_of(self):
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            try:
+                for p in group["params"]:
+                    TensorMuonAdamW.check_shape("a parameter", plain(group), tuple(p.shape))
+            except BaseException:
+                del self.param_groups[-1]
+                raise
 
     def _step_by_torch(self, left: list[tuple[int, Tensor]], factor: float) -> None:
         step_one_by_one(self, left, factor)

@@ -152,8 +152,9 @@ class KernelStepMixin:
         """As torch's; of the options of pyopt.Storage in the group the plain form is kept."""
         if isinstance(param_group, dict):
             self._check_storage(param_group)
-        super().add_param_group(param_group)  # type: ignore[misc]
-        self.param_groups[-1].update(storage.checked(self.param_groups[-1]))
+        with workspace_of(self):
+            super().add_param_group(param_group)  # type: ignore[misc]
+            self.param_groups[-1].update(storage.checked(self.param_groups[-1]))
 
     def _check_storage(self, options: Group) -> None:
         """Raise for an option of pyopt.Storage that is not right, or that the optimizer has not."""
