@@ -878,9 +878,17 @@ def threads_used():
     return used
 
 
-def after_fork():
+cdef void in_child() noexcept nogil:
     global forked
     forked = True
+
+
+cdef void watch_forks() noexcept nogil:
+    """Learn of forks, whoever makes them: Python's os.fork is not all that a process has."""
+    pthread_atfork(NULL, NULL, in_child)
+
+
+watch_forks()
 
 
 def is_forked():
@@ -941,6 +949,8 @@ cdef extern from *:
     int own_team, used
     size_t stack_size
     pthread_mutex_t starting
+    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil) noexcept nogil
     int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept nogil
     int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept nogil
     int start_threads(int count) noexcept nogil

@@ -232,14 +232,18 @@ def put(field: str, value: Any) -> Any:
 
 ROWS = {
     "size": (put("size", 8), r"row 1: size == 8, must be sizeof\(pyopt_row\), \d+"),
-    "n": (put("n", -1), r"row 1: n == -1, must be >= 0 and < 2\*\*56"),
+    "n": (put("n", -1), r"row 1: n == -1, must be >= 0 and <= 2\*\*56"),
     "rule": (put("rule", 99), r"row 1: rule == 99, must be one that find_rule returned"),
     "slot": (put("slot", -1), r"row 1: slot == -1, must be >= 0"),
     "far slot": (put("slot", 2), r"slot == 2 of a row, must be below the number of rows, 2"),
     "other rule": (put("rule", 1), r"row 1: its rule is Adadelta, must be Adam, as of the rows before it in slot 0"),
     "no gradient": (put("gradient", Stream(None, 0)), r"row 1: its gradient is NULL, must be an address"),
-    "dtype": (put("parameter", Stream(64, 7)), r"row 1: dtype == 7 of its parameter, must be PYOPT_FLOAT32 or"),
-    "mixed": (put("gradient", Stream(64, 1)), r"row 1: dtype == 1 of its gradient, must be that of the parameter, 0"),
+    "dtype": (put("parameter", Stream(64, 11)), r"row 1: dtype == 11 of its parameter, must be one of PYOPT_FLOAT32 "),
+    "negative dtype": (put("parameter", Stream(64, -1)), r"row 1: dtype == -1 of its parameter, must be one of PYOPT_F"),
+    "mixed": (
+        put("gradient", Stream(64, 1)),
+        r"row 1: dtype == 1 of its gradient, must be one of PYOPT_FLOAT32 \(0\), PYOPT_BFLOAT16 \(2\), PYOPT_FLOAT16 \(3\)$",
+    ),
     "unaligned": (put("gradient", Stream(65, 0)), r"row 1: its gradient is at 0x41, must be aligned to 4 bytes"),
     "twice": (
         put("parameter", lambda rows: Stream(rows[0].parameter.data + 36, 0)),
@@ -407,7 +411,7 @@ def test_no_rows(door: Door) -> None:
     assert functions.step(handle, None, 0, 2, message, 100) == 0
     functions.destroy(handle)
     assert functions.create(None, 1, 0, ctypes.byref(handle), message, 100) == -1
-    assert message.value == b"rows or plan is NULL, must be an address"
+    assert message.value == b"rows is NULL, must be an address"
 
 
 # --- compiled users ---------------------------------------------------------------------------------------------------
