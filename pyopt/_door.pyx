@@ -8,7 +8,7 @@
 from libc.math cimport fabs, floor, isfinite, isnan
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free, malloc, qsort
+from libc.stdlib cimport calloc, free, qsort
 from libc.string cimport memcpy, memset, strcmp
 
 from pyopt cimport _numbers as numbers
@@ -20,9 +20,11 @@ from pyopt._engine cimport (
 )
 from pyopt._storage cimport key_of_block, mixed
 from pyopt.api cimport (
-    PYOPT_CAPSULE, PYOPT_DTYPES, PYOPT_FLOAT64, PYOPT_INVALID, PYOPT_MAJOR, PYOPT_MINOR, PYOPT_MOST_KEPT,
-    PYOPT_NO_MEMORY, PYOPT_OK, PYOPT_ROW, PYOPT_SLOT, PYOPT_UNCHECKED, pyopt_functions, pyopt_kept, pyopt_plan,
-    pyopt_row, pyopt_rule, pyopt_slot, pyopt_stream,
+    PYOPT_BFLOAT16, PYOPT_BFLOAT16_KAHAN, PYOPT_BFLOAT16_SPLIT, PYOPT_BFLOAT16_STOCHASTIC, PYOPT_CAPSULE, PYOPT_DTYPES,
+    PYOPT_FLOAT16, PYOPT_FLOAT16_KAHAN, PYOPT_FLOAT16_STOCHASTIC, PYOPT_FLOAT32, PYOPT_FLOAT64, PYOPT_INVALID,
+    PYOPT_MAJOR, PYOPT_MINOR, PYOPT_MOST_KEPT, PYOPT_NO_MEMORY, PYOPT_OK, PYOPT_ROW, PYOPT_SIGNED_8BIT, PYOPT_SLOT,
+    PYOPT_UNCHECKED, PYOPT_UNSIGNED_8BIT, pyopt_functions, pyopt_kept, pyopt_plan, pyopt_row, pyopt_rule, pyopt_slot,
+    pyopt_stream,
 )
 
 cdef extern from "_catalogue.h" nogil:
@@ -47,7 +49,7 @@ cdef extern from *:
     #define LEAST_ROW offsetof(pyopt_row, beside)
     #define LEAST_SLOT offsetof(pyopt_slot, seed)
     #define MOST_SIZE 4096
-    #define is_aligned(pointer, width) ((size_t)(pointer) % (size_t)(width) == 0)
+    #define is_aligned(pointer, width) (((size_t)(pointer) & ((size_t)(width) - 1)) == 0)  /* a power of 2 */
     #define enter(used) (!__atomic_exchange_n((used), 1, __ATOMIC_ACQUIRE))
     #define leave(used) __atomic_store_n((used), 0, __ATOMIC_RELEASE)
     """
@@ -186,11 +188,14 @@ cdef void *beside_of(const pyopt_row *row, int stream) noexcept nogil:
     return row.beside[0 if stream == 0 else stream - 1]
 
 
-cdef pyopt_row row_at(const pyopt_row *rows, size_t k) noexcept nogil:
-    """A row, whatever its length: at the caller's stride, and what its version does not have as in PYOPT_ROW."""
-    cdef pyopt_row row = PYOPT_ROW
-    memcpy(&row, <const char *>rows + k * rows.size, min(rows.size, sizeof(pyopt_row)))
-    return row
+cdef const pyopt_row *row_at(const pyopt_row *rows, size_t k, pyopt_row *own) noexcept nogil:
+    """A row, at the caller's stride; of an older version's a copy, with what that does not have as in PYOPT_ROW."""
+    cdef const char *row = <const char *>rows + k * rows.size
+    if rows.size >= sizeof(pyopt_row):
+        return <const pyopt_row *>row
+    own[0] = PYOPT_ROW
+    memcpy(own, row, rows.size)
+    return own
 
 
 cdef bint is_size(size_t given, size_t least) noexcept nogil:
@@ -201,7 +206,8 @@ cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **pla
                 size_t size) noexcept nogil:
     cdef Plan *made
     cdef Py_ssize_t n_slots = 0, k
-    cdef pyopt_row row
+    cdef pyopt_row own
+    cdef const pyopt_row *row
     cdef int64_t total = 0
     cdef bint is_plain = True, by_chance = False
     cdef int status
@@ -221,10 +227,10 @@ cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **pla
     if count > 0 and not is_size(rows.size, LEAST_ROW):
         return bad_row_size(0, rows.size, message, size)
     for k in range(<Py_ssize_t>count):
-        row = row_at(rows, k)
+        row = row_at(rows, k, &own)
         if row.size != rows.size:
             return bad_row_size(k, row.size, message, size)
-        status = check_row(&row, k, message, size)
+        status = check_row(row, k, message, size)
         if status != PYOPT_OK:
             return status
         if total > MOST_ELEMENTS - row.n:
@@ -233,8 +239,8 @@ cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **pla
             return PYOPT_INVALID
         total += row.n
         n_slots = max(n_slots, <Py_ssize_t>row.slot + 1)
-        is_plain = is_plain and has_plain_streams(&row)
-        by_chance = by_chance or codec_of(row.parameter.dtype) in (CHANCE_BFLOAT16, CHANCE_FLOAT16)
+        is_plain = is_plain and has_plain_streams(row)
+        by_chance = by_chance or kinds[row.parameter.dtype].codec in (CHANCE_BFLOAT16, CHANCE_FLOAT16)
     if n_slots > <Py_ssize_t>count:
         snprintf(message, size, "slot == %zd of a row, must be below the number of rows, %zu", n_slots - 1, count)
         return PYOPT_INVALID
@@ -290,26 +296,35 @@ cdef extern from *:
     const char *dtype_names[]
 
 
-cdef int codec_of(int dtype) noexcept nogil:
-    """The engine's name of a dtype."""
-    cdef int *codecs = [PLAIN, PLAIN, BFLOAT16, FLOAT16, SPLIT, KAHAN_BFLOAT16, KAHAN_FLOAT16, CHANCE_BFLOAT16,
-                        CHANCE_FLOAT16, SIGNED_CODES, UNSIGNED_CODES]
-    return codecs[dtype]
+cdef struct Kind:  # of elements of a dtype
+    unsigned char codec  # the engine's name of it
+    unsigned char width  # bytes of an element
+    unsigned char aside  # bytes beside for each `group` elements
+    Py_ssize_t group
 
 
-cdef const Codec *layout_of(int dtype) noexcept nogil:
-    """How elements of a dtype lie in memory, but for the size of those of float64."""
-    return &kernels[0][0].codecs[codec_of(dtype)]
+cdef Kind kinds[PYOPT_DTYPES]
 
 
-cdef int width_of(int dtype) noexcept nogil:
-    return 8 if dtype == PYOPT_FLOAT64 else layout_of(dtype).size
+cdef void fill_kinds() noexcept nogil:
+    cdef const Codec *c
+    cdef int i
+    kinds[PYOPT_FLOAT32].codec = kinds[PYOPT_FLOAT64].codec = PLAIN
+    kinds[PYOPT_BFLOAT16].codec, kinds[PYOPT_FLOAT16].codec = BFLOAT16, FLOAT16
+    kinds[PYOPT_BFLOAT16_SPLIT].codec = SPLIT
+    kinds[PYOPT_BFLOAT16_KAHAN].codec, kinds[PYOPT_FLOAT16_KAHAN].codec = KAHAN_BFLOAT16, KAHAN_FLOAT16
+    kinds[PYOPT_BFLOAT16_STOCHASTIC].codec = CHANCE_BFLOAT16
+    kinds[PYOPT_FLOAT16_STOCHASTIC].codec = CHANCE_FLOAT16
+    kinds[PYOPT_SIGNED_8BIT].codec, kinds[PYOPT_UNSIGNED_8BIT].codec = SIGNED_CODES, UNSIGNED_CODES
+    for i in range(PYOPT_DTYPES):
+        c = &kernels[0][0].codecs[kinds[i].codec]
+        kinds[i].width, kinds[i].aside, kinds[i].group = 8 if i == PYOPT_FLOAT64 else c.size, c.aside, c.group
 
 
 cdef bint has_plain_streams(const pyopt_row *row) noexcept nogil:
     cdef int j
     for j in range(2 + catalogue[row.rule].rule.n_states):
-        if stream_at(row, j).data != NULL and codec_of(stream_at(row, j).dtype) != PLAIN:
+        if stream_at(row, j).data != NULL and kinds[stream_at(row, j).dtype].codec != PLAIN:
             return False
     return True
 
@@ -322,52 +337,47 @@ cdef uint32_t dtypes_for(const pyopt_row *row, int stream) noexcept nogil:
     return double_bit if row.parameter.dtype == PYOPT_FLOAT64 else found & ~double_bit
 
 
-cdef int check_dtype(const pyopt_row *row, Py_ssize_t k, int stream, char *message, size_t size) noexcept nogil:
-    cdef int32_t dtype = stream_at(row, stream).dtype
+cdef int refuse_dtype(const pyopt_row *row, Py_ssize_t k, int stream, char *message, size_t size) noexcept nogil:
     cdef uint32_t may_be = dtypes_for(row, stream)
     cdef char names[300]
     cdef int i, length = 0
-    if 0 <= dtype < PYOPT_DTYPES and may_be >> dtype & 1:
-        return PYOPT_OK
-    names[0] = 0
     for i in range(PYOPT_DTYPES):
         if may_be >> i & 1:
             length += snprintf(names + length, sizeof(names) - length, "%sPYOPT_%s (%d)",
                                <const char *>(", " if length else ""), dtype_names[i], i)
-    snprintf(message, size, "row %zd: dtype == %d of its %s, must be one of %s", k, <int>dtype,
+    snprintf(message, size, "row %zd: dtype == %d of its %s, must be one of %s", k, <int>stream_at(row, stream).dtype,
              stream_name(row.rule, stream), names)
     return PYOPT_INVALID
 
 
 cdef int check_stream(const pyopt_row *row, Py_ssize_t k, int j, char *message, size_t size) noexcept nogil:
     cdef const pyopt_stream *stream = stream_at(row, j)
-    cdef const char *name = stream_name(row.rule, j)
     cdef void *beside = beside_of(row, j)
-    cdef const Codec *layout
-    if j == 0 or stream.data != NULL:
-        if check_dtype(row, k, j, message, size) != PYOPT_OK:
-            return PYOPT_INVALID
+    cdef const Kind *kind
     if stream.data == NULL and (j < 2 and row.n > 0 or beside != NULL):
-        snprintf(message, size, "row %zd: its %s is NULL, must be an address", k, name)
+        snprintf(message, size, "row %zd: its %s is NULL, must be an address", k, stream_name(row.rule, j))
         return PYOPT_INVALID
-    if stream.data == NULL:
+    if stream.data == NULL and j > 0:
         return PYOPT_OK
-    layout = layout_of(stream.dtype)
-    if not is_aligned(stream.data, width_of(stream.dtype)):
-        snprintf(message, size, "row %zd: its %s is at %p, must be aligned to %d bytes", k, name, stream.data,
-                 width_of(stream.dtype))
+    if not 0 <= stream.dtype < PYOPT_DTYPES or not dtypes_for(row, j) >> stream.dtype & 1:
+        return refuse_dtype(row, k, j, message, size)
+    kind = &kinds[stream.dtype]
+    if not is_aligned(stream.data, kind.width):
+        snprintf(message, size, "row %zd: its %s is at %p, must be aligned to %d bytes", k, stream_name(row.rule, j),
+                 stream.data, <int>kind.width)
         return PYOPT_INVALID
-    if layout.aside == 0 and beside != NULL:
-        snprintf(message, size, "row %zd: beside its %s is %p, must be NULL: PYOPT_%s has nothing there", k, name, beside,
-                 dtype_names[stream.dtype])
-        return PYOPT_INVALID
-    if layout.aside > 0 and beside == NULL and row.n > 0:
+    if kind.aside == 0:
+        if beside != NULL:
+            snprintf(message, size, "row %zd: beside its %s is %p, must be NULL: PYOPT_%s has nothing there", k,
+                     stream_name(row.rule, j), beside, dtype_names[stream.dtype])
+            return PYOPT_INVALID
+    elif beside == NULL and row.n > 0:
         snprintf(message, size, "row %zd: beside its %s is NULL, must be the address of what PYOPT_%s keeps there", k,
-                 name, dtype_names[stream.dtype])
+                 stream_name(row.rule, j), dtype_names[stream.dtype])
         return PYOPT_INVALID
-    if layout.aside > 0 and not is_aligned(beside, layout.aside):
-        snprintf(message, size, "row %zd: beside its %s is %p, must be aligned to %d bytes", k, name, beside,
-                 layout.aside)
+    elif not is_aligned(beside, kind.aside):
+        snprintf(message, size, "row %zd: beside its %s is at %p, must be aligned to %d bytes", k,
+                 stream_name(row.rule, j), beside, <int>kind.aside)
         return PYOPT_INVALID
     return PYOPT_OK
 
@@ -400,24 +410,25 @@ cdef int check_row(const pyopt_row *row, Py_ssize_t k, char *message, size_t siz
 
 cdef int fill_plan(Plan *plan, const pyopt_row *rows, char *message, size_t size) noexcept nogil:
     cdef Py_ssize_t k
-    cdef pyopt_row row
+    cdef pyopt_row own
+    cdef const pyopt_row *row
     cdef Work *w
     cdef Slot *slot
     cdef int j
     cdef bint is_missing
     for k in range(plan.count):
-        row, w = row_at(rows, k), &plan.work[k]
+        row, w = row_at(rows, k, &own), &plan.work[k]
         slot = &plan.slots[row.slot]
         w.start, w.size, w.slot, w.row = plan.cost, row.n, row.slot, k
         plan.slot_of[k] = row.slot
         w.is_double = row.parameter.dtype == PYOPT_FLOAT64
-        if not has_plain_streams(&row):
+        if plan.stored != NULL and not has_plain_streams(row):
             w.stored = &plan.stored[k]
         for j in range(2 + catalogue[row.rule].rule.n_states):
-            w.stream[j] = stream_at(&row, j).data
+            w.stream[j] = stream_at(row, j).data
             if w.stored != NULL and w.stream[j] != NULL:
-                plan.stored[k].codec[j] = codec_of(stream_at(&row, j).dtype)
-                plan.stored[k].aside[j] = <char *>beside_of(&row, j)
+                plan.stored[k].codec[j] = kinds[stream_at(row, j).dtype].codec
+                plan.stored[k].aside[j] = <char *>beside_of(row, j)
         if plan.place_of != NULL:
             plan.place_of[k] = k if row.place < 0 else row.place
         plan.cost += row.n + ROW_COST
@@ -485,9 +496,10 @@ cdef int check_overlaps(const Plan *plan, char *message, size_t size) noexcept n
             elif written == NULL or found[k].end > written.end:
                 written = &found[k]
             continue
-        snprintf(message, size, "row %zd: %s %s overlaps the %s%s of row %zd, must have memory of its own", found[k].row,
-                 <const char *>("its" if found[k].place < STREAMS else "what is beside its"), name_of(plan, &found[k]),
-                 <const char *>("" if other.place < STREAMS else "memory beside the "), name_of(plan, other), other.row)
+        snprintf(message, size, "row %zd: %s %s overlaps the %s%s of row %zd, must have memory of its own",
+                 found[k].row, <const char *>("its" if found[k].place < STREAMS else "what is beside its"),
+                 name_of(plan, &found[k]), <const char *>("" if other.place < STREAMS else "memory beside the "),
+                 name_of(plan, other), other.row)
         free(found)
         return PYOPT_INVALID
     free(found)
@@ -520,11 +532,14 @@ cdef void destroy(pyopt_plan *handle) noexcept nogil:
 
 # --- the options of a step --------------------------------------------------------------------------------------------
 
-cdef pyopt_slot slot_at(const pyopt_slot *slots, Py_ssize_t i) noexcept nogil:
+cdef const pyopt_slot *slot_at(const pyopt_slot *slots, Py_ssize_t i, pyopt_slot *own) noexcept nogil:
     """As row_at."""
-    cdef pyopt_slot slot = PYOPT_SLOT
-    memcpy(&slot, <const char *>slots + i * slots.size, min(slots.size, sizeof(pyopt_slot)))
-    return slot
+    cdef const char *slot = <const char *>slots + i * slots.size
+    if slots.size >= sizeof(pyopt_slot):
+        return <const pyopt_slot *>slot
+    own[0] = PYOPT_SLOT
+    memcpy(own, slot, slots.size)
+    return own
 
 
 cdef const char *unmet(int check, double x) noexcept nogil:
@@ -679,8 +694,8 @@ cdef int check_numbers(const Plan *plan, Py_ssize_t i, const double *h, char *me
 
 
 cdef int bad_slot_size(Py_ssize_t i, size_t given, char *message, size_t size) noexcept nogil:
-    snprintf(message, size, "slot %zd: size == %zu, must be sizeof(pyopt_slot), %zu here, the same in all slots", i, given,
-             sizeof(pyopt_slot))
+    snprintf(message, size, "slot %zd: size == %zu, must be sizeof(pyopt_slot), %zu here, the same in all slots", i,
+             given, sizeof(pyopt_slot))
     return PYOPT_INVALID
 
 
@@ -705,7 +720,8 @@ cdef int take(pyopt_plan *handle, char *message, size_t size) noexcept nogil:
 
 
 cdef int prepare_taken(Plan *plan, const pyopt_slot *slots, size_t count, char *message, size_t size) noexcept nogil:
-    cdef pyopt_slot given
+    cdef pyopt_slot own
+    cdef const pyopt_slot *given
     cdef Numbers *n
     cdef double kept[PYOPT_MOST_KEPT]
     cdef Py_ssize_t i, k, first_joint = -1
@@ -727,16 +743,16 @@ cdef int prepare_taken(Plan *plan, const pyopt_slot *slots, size_t count, char *
     for i in range(plan.n_slots):
         if plan.slots[i].rows == 0:
             continue
-        given, n, rule = slot_at(slots, i), &plan.prepared[i], plan.slots[i].rule
+        given, n, rule = slot_at(slots, i, &own), &plan.prepared[i], plan.slots[i].rule
         if given.size != slots.size:
             return bad_slot_size(i, given.size, message, size)
-        status = check_slot(plan, i, &given, message, size)
+        status = check_slot(plan, i, given, message, size)
         if status != PYOPT_OK:
             return status
         if catalogue[rule].rule.n_kept > 0:
             memcpy(kept, given.kept, catalogue[rule].rule.n_kept * sizeof(double))
         memset(n, 0, sizeof(Numbers))
-        make_numbers(rule, &given, kept, n.value)
+        make_numbers(rule, given, kept, n.value)
         n.kernel = &kernels[rule][1 if needs_sums(rule, given.options) and catalogue[rule].summing != NULL else 0]
         has_sums = has_sums or n.kernel.finish != NULL
         status = check_numbers(plan, i, n.value, message, size)
@@ -758,14 +774,14 @@ cdef int prepare_taken(Plan *plan, const pyopt_slot *slots, size_t count, char *
         rule = plan.slots[i].rule
         if plan.slots[i].rows == 0 or catalogue[rule].rule.n_kept == 0:
             continue
-        given = slot_at(slots, i)
+        given = slot_at(slots, i, &own)
         plan.slots[i].kept = given.kept
         if rule != PRODIGY:
-            make_numbers(rule, &given, given.kept, plan.prepared[i].value)
+            make_numbers(rule, given, given.kept, plan.prepared[i].value)
     if plan.place_of != NULL:
         for k in range(plan.count):
-            given = slot_at(slots, plan.slot_of[k])
-            plan.stored[k].key = key_of_row(&given, plan.place_of[k])
+            given = slot_at(slots, plan.slot_of[k], &own)
+            plan.stored[k].key = key_of_row(given, plan.place_of[k])
     if has_sums or plan.has_sums:
         for k in range(plan.count):
             assign_numbers(plan, k)
@@ -785,8 +801,8 @@ cdef int check_joint(const Plan *plan, const pyopt_slot *slots, Py_ssize_t first
     cdef const rules.Prodigy *a = <const rules.Prodigy *>plan.prepared[first].value
     cdef const rules.Prodigy *b = <const rules.Prodigy *>plan.prepared[i].value
     cdef const char *name = NULL
-    cdef pyopt_slot of_a = slot_at(slots, first), of_b = slot_at(slots, i)
-    if of_a.options[9] != of_b.options[9]:
+    cdef pyopt_slot own[2]
+    if slot_at(slots, first, &own[0]).options[9] != slot_at(slots, i, &own[1]).options[9]:
         name = "d0"
     elif a.d != b.d or a.d_numerator != b.d_numerator:
         name = "kept"
@@ -912,6 +928,7 @@ ctypedef bint (*Find)(const char *name, Kernel *found) noexcept nogil
 
 
 cdef const pyopt_functions *fill_table() noexcept nogil:
+    fill_kinds()
     table.size = sizeof(pyopt_functions)
     table.major, table.minor = PYOPT_MAJOR, PYOPT_MINOR
     table.count_rules, table.rule, table.find_rule, table.find_option = count_rules, rule_at, find_rule, find_option

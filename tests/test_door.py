@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import pyopt
-from door import Door, Doubles, Plan, Row, Slot, Stream, from_capsule, from_library
+from door import Door, Doubles, Plan, Row, Slot, Stream
 from pyopt import Parameter
 
 ROOT = Path(__file__).parent.parent
@@ -55,13 +56,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SGDScheduleFree": [{}, {"warmup_steps": 10, "weight_decay": 0.1}],
 }
 CASES = [(name, i) for name, variants in VARIANTS.items() for i in range(len(variants))]
-
-
-@pytest.fixture(params=["capsule", "library"])
-def door(request: pytest.FixtureRequest) -> Door:
-    if request.param == "capsule":
-        return Door(from_capsule())
-    return Door(from_library(str(request.getfixturevalue("library") / "libpyopt.so")))
 
 
 class Pair:
@@ -239,10 +233,13 @@ ROWS = {
     "other rule": (put("rule", 1), r"row 1: its rule is Adadelta, must be Adam, as of the rows before it in slot 0"),
     "no gradient": (put("gradient", Stream(None, 0)), r"row 1: its gradient is NULL, must be an address"),
     "dtype": (put("parameter", Stream(64, 11)), r"row 1: dtype == 11 of its parameter, must be one of PYOPT_FLOAT32 "),
-    "negative dtype": (put("parameter", Stream(64, -1)), r"row 1: dtype == -1 of its parameter, must be one of PYOPT_F"),
+    "negative dtype": (
+        put("parameter", Stream(64, -1)),
+        r"row 1: dtype == -1 of its parameter, must be one of PYOPT_F",
+    ),
     "mixed": (
         put("gradient", Stream(64, 1)),
-        r"row 1: dtype == 1 of its gradient, must be one of PYOPT_FLOAT32 \(0\), PYOPT_BFLOAT16 \(2\), PYOPT_FLOAT16 \(3\)$",
+        r"row 1: dtype == 1 of its gradient, must be one of PYOPT_FLOAT32 \(0\), PYOPT_BFLOAT16 \(2\), PYOPT_FLOAT16",
     ),
     "unaligned": (put("gradient", Stream(65, 0)), r"row 1: its gradient is at 0x41, must be aligned to 4 bytes"),
     "twice": (
@@ -433,16 +430,58 @@ def test_c(door: Door, compiler: str, standard: str, tmp_path: Path) -> None:
     assert check(ctypes.addressof(door.functions)) is None
 
 
+def build(library: Path, source: str, program: Path, link: str = "static", *more: str | Path) -> None:
+    """Compile a program on libpyopt, with a sanitizer where libpyopt has it: see CONTRIBUTING.md."""
+    given = [library / "libpyopt.a", "-fopenmp"] if link == "static" else [f"-L{library}", "-lpyopt"]
+    flags = ["-std=c99", "-D_DEFAULT_SOURCE", *WARNINGS, *more, f"-I{library}"]
+    flags += [f"-fsanitize={names}"] if (names := os.environ.get("PYOPT_SANITIZE")) else []
+    given = given if link else []
+    command = ["gcc", *flags, ROOT / "tests" / source, *given, "-lm", "-ldl", "-pthread", "-o", program]
+    subprocess.run(command, check=True)
+
+
+def run(*command: str | Path) -> None:
+    """Run a program that says nothing where all is right."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("link", ["static", "shared"])
 def test_program_without_python(library: Path, link: str, tmp_path: Path) -> None:
     """The same as a program on libpyopt, in which there is no Python."""
-    program = tmp_path / "door"
-    given = [library / "libpyopt.a", "-fopenmp"] if link == "static" else [f"-L{library}", "-lpyopt"]
-    flags = ["-std=c99", *WARNINGS, "-DWITH_MAIN", f"-I{library}"]
-    subprocess.run(["gcc", *flags, ROOT / "tests/door.c", *given, "-lm", "-pthread", "-o", program], check=True)
-    environment = {"LD_LIBRARY_PATH": str(library)}
-    result = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    build(library, "door.c", tmp_path / "door", link, "-DWITH_MAIN", f"-Wl,-rpath,{library}")
+    run(tmp_path / "door")
+
+
+def test_caller_of_version_1_0(library: Path, tmp_path: Path) -> None:
+    """A program that was compiled with the header of 1.0, whose structs are shorter."""
+    build(library, "door.c", tmp_path / "door", "static", "-DWITH_MAIN", f"-I{ROOT / 'tests/stored/pyopt_1_0'}")
+    run(tmp_path / "door")
+
+
+OUT_OF_MEMORY = "-Wl,--wrap=malloc,--wrap=calloc,--wrap=free"
+
+
+def test_bad_use(library: Path, tmp_path: Path) -> None:
+    build(library, "door_bad_use.c", tmp_path / "bad_use", "static", OUT_OF_MEMORY)
+    run(tmp_path / "bad_use")
+
+
+def test_bad_use_under_valgrind(library: Path, tmp_path: Path) -> None:
+    """No read or write where nothing is, and no block that is lost."""
+    if not shutil.which("valgrind") or os.environ.get("PYOPT_SANITIZE"):
+        pytest.skip("no valgrind, or a sanitizer in its place")
+    build(library, "door_bad_use.c", tmp_path / "bad_use", "static", OUT_OF_MEMORY, "-g")
+    looks_for = ["--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=definite"]
+    run("valgrind", "-q", *looks_for, "--errors-for-leak-kinds=definite", tmp_path / "bad_use")
+
+
+def test_two_copies_and_unloading(library: Path, tmp_path: Path) -> None:
+    copies = [tmp_path / "first.so", tmp_path / "second.so"]
+    for copy in copies:
+        shutil.copy(library / "libpyopt.so", copy)
+    build(library, "door_unload.c", tmp_path / "unload", "")
+    run(tmp_path / "unload", *copies)
 
 
 def test_library_needs_no_python(library: Path) -> None:

@@ -22,10 +22,10 @@
  *     pyopt->destroy(plan);
  *
  * All buffers are the caller's; states begin with what the query says, mostly zeros. A function that can fail returns
- * PYOPT_OK or a status below 0, and writes what is wrong to `message` (NULL for none), cut to `size` bytes with its final
- * 0; nothing has changed then. No function aborts, throws, prints or touches Python: with or without the GIL, from any
- * thread. What can end the process is OpenMP's runtime, where it has no memory for the threads of a `step`: not in one
- * thread, and not in threads of the caller's.
+ * PYOPT_OK or a status below 0, and writes what is wrong to `message` (NULL for none), cut to `size` bytes with its
+ * final 0; nothing has changed then. No function aborts, throws, prints or touches Python: with or without the GIL, from
+ * any thread. What can end the process is OpenMP's runtime, where it has no memory for the threads of a `step`: not in
+ * one thread, and not in threads of the caller's.
  *
  * A plan is used by one thread at a time, but for `run` and `sum`: a `step` or `prepare` of a plan that is in one
  * returns PYOPT_INVALID. `destroy` comes when all others are done. After a fork the child may use the plans that no
@@ -39,8 +39,8 @@
  * optimizer in Python.
  *
  * Rows are dense, and a step needs no more of a tensor than sums over its elements. So there is no Muon, MuonAdamW and
- * Adafactor (products and sums along the axes of matrices, in several passes), no LBFGS (which asks for the loss again),
- * and none of the optimizers for gradients of rows.
+ * Adafactor (products and sums along the axes of matrices, in several passes), no LBFGS (which asks for the loss
+ * again), and none of the optimizers for gradients of rows.
  *
  * Versions: the capsule's name holds the major one. Within it functions and fields are only ever appended; a struct
  * begins with its size, as the caller knows it. What is marked "1.1" came with that minor version.
@@ -66,9 +66,9 @@ extern "C" {
 
 enum { PYOPT_OK = 0, PYOPT_INVALID = -1, PYOPT_NO_MEMORY = -2 };
 
-/* How the elements of a stream lie in memory, each stream of a row by itself. A rule computes in float32, and in float64
- * where all streams of the row are float64: that goes with nothing else. What is stored in another type is rounded once,
- * to nearest even. What a dtype keeps beside the elements is in memory of its own: see pyopt_row. */
+/* How the elements of a stream lie in memory, each stream of a row by itself. A rule computes in float32, and in
+ * float64 where all streams of the row are float64: that goes with nothing else. What is stored in another type is
+ * rounded once, to nearest even. What a dtype keeps beside the elements is in memory of its own: see pyopt_row. */
 enum {
     PYOPT_FLOAT32 = 0,
     PYOPT_FLOAT64 = 1,
@@ -77,15 +77,15 @@ enum {
     PYOPT_FLOAT16 = 3,
     /* Parameters that keep what rounding would take from them, for steps smaller than their precision; n elements of 16
      * bits beside them, at first 0. */
-    PYOPT_BFLOAT16_SPLIT = 4, /* the upper half of a float32, rounded; int16: the lower half, so that p is (p << 16) + low */
+    PYOPT_BFLOAT16_SPLIT = 4, /* int16: the lower half of a float32 with the bits (p << 16) + low */
     PYOPT_BFLOAT16_KAHAN = 5, /* bfloat16: what rounding has taken, which is added before the next step */
     PYOPT_FLOAT16_KAHAN = 6,  /* the same in float16 */
     /* Parameters that are rounded up or down by chance, so that the mean is right; nothing beside them. The bits follow
      * from the slot's seed and rounding_step, the row's place, and the element. */
     PYOPT_BFLOAT16_STOCHASTIC = 7,
     PYOPT_FLOAT16_STOCHASTIC = 8,
-    /* States of a byte for each element, the place of a number in a map of 256 (bitsandbytes'), and beside them a float32
-     * for each 256 elements: their largest magnitude. Which of the two a state may have the query says. */
+    /* States of a byte for each element, the place of a number in a map of 256 (bitsandbytes'), and beside them a
+     * float32 for each 256 elements: their largest magnitude. Which of the two a state may have the query says. */
     PYOPT_SIGNED_8BIT = 9,    /* at first 127 for 0, and 0 beside */
     PYOPT_UNSIGNED_8BIT = 10, /* at first 0, and 0 beside */
     PYOPT_DTYPES = 11         /* how many there are */
@@ -133,7 +133,8 @@ typedef struct pyopt_stream {
 } pyopt_stream;
 
 /* A tensor. The parameter and its states are written, and what lies beside them; the gradient is only read. Memory is
- * dense, in an order that is the same in all streams, aligned to its elements; what is written overlaps nothing else. */
+ * dense, in an order that is the same in all streams, aligned to its elements; what is written overlaps nothing else.
+ * In C order where a state is in 8 bits, as in Python: there its groups of 256 are counted so. */
 typedef struct pyopt_row {
     size_t size;
     int64_t n;    /* elements, >= 0 */
@@ -142,7 +143,7 @@ typedef struct pyopt_row {
     pyopt_stream parameter, gradient;
     pyopt_stream state[PYOPT_STATES]; /* in the order of the query; data == NULL where the options need none */
     /* 1.1 */
-    void *beside[1 + PYOPT_STATES]; /* what lies beside the parameter and each state; NULL where the dtype has nothing */
+    void *beside[1 + PYOPT_STATES]; /* what the parameter's dtype, and each state's, keeps beside; NULL for nothing */
     int64_t place; /* of the parameter among all of the optimizer, for chance; -1: the row's number in the plan */
 } pyopt_row;
 
@@ -192,8 +193,8 @@ typedef struct pyopt_functions {
     /* One step of all rows, on at most so many threads of OpenMP's; of which few are used where more do not pay. */
     int (*step)(pyopt_plan *plan, const pyopt_slot *slots, size_t count, int threads, char *message, size_t size);
 
-    /* The same in the caller's threads: see above. `prepare` checks and advances the numbers that slots keep; those that
-     * follow from sums `combine` writes, to where `prepare` has read them. */
+    /* The same in the caller's threads: see above. `prepare` checks and advances the numbers that slots keep; those
+     * that follow from sums `combine` writes, to where `prepare` has read them. */
     int (*prepare)(pyopt_plan *plan, const pyopt_slot *slots, size_t count, char *message, size_t size);
     int64_t (*chunks)(const pyopt_plan *plan);
     int (*has_sums)(const pyopt_plan *plan);
