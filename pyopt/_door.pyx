@@ -15,8 +15,8 @@ from pyopt cimport _numbers as numbers
 from pyopt cimport _rules as rules
 from pyopt._engine cimport (
     BFLOAT16, CHANCE_BFLOAT16, CHANCE_FLOAT16, FLOAT16, KAHAN_BFLOAT16, KAHAN_FLOAT16, PLAIN, ROW_COST, SCALARS,
-    SIGNED_CODES, SPLIT, STATES, SUMS, UNSIGNED_CODES, Codec, Kernel, Numbers, Pass, Rule, Stored, Work, finish,
-    number_blocks, run_in_mode, sweep_on, threads_of,
+    SIGNED_CODES, SPLIT, STATES, SUMS, UNSIGNED_CODES, Codec, Kernel, Numbers, Pass, Rule, Stored, Work, enter_mode,
+    finish, leave_mode, number_blocks, run_in_mode, sweep_on, threads_of,
 )
 from pyopt._storage cimport key_of_block, mixed
 from pyopt.api cimport (
@@ -720,6 +720,14 @@ cdef int take(pyopt_plan *handle, char *message, size_t size) noexcept nogil:
 
 
 cdef int prepare_taken(Plan *plan, const pyopt_slot *slots, size_t count, char *message, size_t size) noexcept nogil:
+    """Make the numbers of a step, in the mode of steps: they too must not depend on the caller's."""
+    cdef unsigned long mode = enter_mode()
+    cdef int status = make_all_numbers(plan, slots, count, message, size)
+    leave_mode(mode)
+    return status
+
+
+cdef int make_all_numbers(Plan *plan, const pyopt_slot *slots, size_t count, char *message, size_t size) noexcept nogil:
     cdef pyopt_slot own
     cdef const pyopt_slot *given
     cdef Numbers *n

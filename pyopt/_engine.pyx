@@ -701,6 +701,15 @@ cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept 
     set_float_mode(mode)
 
 
+cdef unsigned long enter_mode() noexcept nogil:
+    """Let this thread compute as a step does, denormals kept; returns the mode before."""
+    return set_float_mode(float_mode(False))
+
+
+cdef void leave_mode(unsigned long mode) noexcept nogil:
+    set_float_mode(mode)
+
+
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 cdef struct Pieces:

@@ -2,6 +2,7 @@
  * expected, and nothing has changed. The exit status is 0, or the first line that is wrong is printed. Linked with
  * -Wl,--wrap=malloc,--wrap=calloc,--wrap=free: here memory runs out when it is told to. */
 
+#include <fenv.h>
 #include <math.h>
 #include <pthread.h>
 #include <pyopt.h>
@@ -366,7 +367,52 @@ static void check_chunks(void) {
     pyopt->destroy(plan);
 }
 
-/* --- threads, forks, memory --------------------------------------------------------------------------------------- */
+/* --- modes, threads, forks, memory -------------------------------------------------------------------------------- */
+
+/* The caller rounds upward: the numbers of a step, and all else, are as ever, and its mode is as it was. */
+static void check_rounding(void) {
+    const char *const rules[] = {"NAdam", "LAMB", "Prodigy"};
+    pyopt_plan *plan;
+    int i, mode;
+    for (i = 0; i < 6; i++) {
+        begin(rules[i / 2]);
+        row.state[2].data = row.state[3].data = NULL;
+        if (i / 2 == 2) row.state[2].data = before[0], row.state[3].data = before[1], row.n = 1000;
+        if (i / 2 == 2) memset(before[0], 0, sizeof before[0]), memset(before[1], 0, sizeof before[1]);
+        plan = make();
+        if (i % 2) CHECK(fesetround(FE_UPWARD) == 0);
+        for (slot.step = 1; slot.step <= 3; slot.step++)
+            CHECK(pyopt->step(plan, &slot, 1, 3, message, sizeof message) == PYOPT_OK);
+        mode = fegetround();
+        CHECK(fesetround(FE_TONEAREST) == 0 && mode == (i % 2 ? FE_UPWARD : FE_TONEAREST));
+        pyopt->destroy(plan);
+        if (i % 2) CHECK(memcmp(p, before[2], sizeof p) == 0 && memcmp(kept, kept_before, sizeof kept) == 0);
+        memcpy(before[2], p, sizeof p);
+        memcpy(kept_before, kept, sizeof kept);
+    }
+}
+
+/* A thread with the least stack that the header asks for. */
+static void *step_twice(void *place) {
+    int i;
+    for (i = 0; i < 2; i++) CHECK(pyopt->step((pyopt_plan *)place, &slot, 1, 1, message, sizeof message) == PYOPT_OK);
+    return NULL;
+}
+
+static void check_stack(void) {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    pthread_attr_t attributes;
+    pthread_t thread;
+    pyopt_plan *plan;
+    begin("LAMB");
+    row.parameter.dtype = PYOPT_BFLOAT16_STOCHASTIC;
+    row.gradient.dtype = row.state[0].dtype = row.state[1].dtype = PYOPT_FLOAT16;
+    plan = make();
+    CHECK(pthread_attr_init(&attributes) == 0 && pthread_attr_setstacksize(&attributes, 64 << 10) == 0);
+    CHECK(pthread_create(&thread, &attributes, step_twice, plan) == 0 && pthread_join(thread, NULL) == 0);
+    pyopt->destroy(plan);
+#endif
+}
 
 enum { THREADS = 4, TRIES = 25 };
 
@@ -488,6 +534,8 @@ int main(void) {
     check_create();
     check_step();
     check_chunks();
+    check_rounding();
+    check_stack();
     check_threads();
     check_fork();
     check_memory();

@@ -7,6 +7,7 @@ import inspect
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -482,6 +483,30 @@ def test_two_copies_and_unloading(library: Path, tmp_path: Path) -> None:
         shutil.copy(library / "libpyopt.so", copy)
     build(library, "door_unload.c", tmp_path / "unload", "")
     run(tmp_path / "unload", *copies)
+
+
+FORK = """
+import ctypes, os, signal, sys
+import numpy as np
+from door import Door, Plan, from_capsule
+
+p, g = np.zeros(50_000, np.float32), np.ones(50_000, np.float32)
+plan = Plan(Door(from_capsule()), "Adam", [p], [g], [{}])
+plan.step(3)
+child = ctypes.PyDLL(None).fork()
+signal.alarm(60)
+plan.step(3)
+if child == 0:
+    os._exit(7 if (p < -0.0019).all() else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_fork_from_c() -> None:
+    """One that Python does not know of, in a process whose steps have had threads: the child does not wait for them."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    run(sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}{FORK}")
 
 
 def test_library_needs_no_python(library: Path) -> None:

@@ -35,8 +35,8 @@
  * has_sums(plan); `run` over all chunks. Ranges of chunks may be run in any order, on any threads, without a barrier
  * inside; what must lie between the three is that all chunks are done. A chunk that is run twice is stepped twice, one
  * that is left out not at all. Before the first `prepare` they do nothing, and ranges are cut to the chunks that there
- * are. The result is the same, bit for bit, for every division into ranges and every number of threads: that of the
- * optimizer in Python.
+ * are. The result is the same, bit for bit, for every division into ranges, every number of threads, and every
+ * floating-point mode of theirs: that of the optimizer in Python. They need 64 KiB of stack.
  *
  * Rows are dense, and a step needs no more of a tensor than sums over its elements. So there is no Muon, MuonAdamW and
  * Adafactor (products and sums along the axes of matrices, in several passes), no LBFGS (which asks for the loss
