@@ -93,6 +93,12 @@ cdef struct Plan:
     bint has_sums  # this step
 
 
+cdef struct Extent:  # of the rows of a plan
+    Py_ssize_t n_slots
+    bint is_stored  # there are streams of other types than rules compute in
+    bint by_chance  # and parameters that are rounded by chance
+
+
 cdef struct Interval:  # of memory that a step writes or reads
     char *begin
     char *end
@@ -205,24 +211,45 @@ cdef bint is_size(size_t given, size_t least) noexcept nogil:
 cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **plan, char *message,
                 size_t size) noexcept nogil:
     cdef Plan *made
-    cdef Py_ssize_t n_slots = 0, k
-    cdef pyopt_row own
-    cdef const pyopt_row *row
-    cdef int64_t total = 0
-    cdef bint is_plain = True, by_chance = False
+    cdef Extent extent
     cdef int status
     size = 0 if message == NULL else size
     if plan == NULL or (rows == NULL and count > 0):
         snprintf(message, size, "%s is NULL, must be an address", <const char *>("plan" if plan == NULL else "rows"))
         return PYOPT_INVALID
+    if flags & ~PYOPT_UNCHECKED:
+        snprintf(message, size, "flags == %d, must be 0 or PYOPT_UNCHECKED, %d", flags, <int>PYOPT_UNCHECKED)
+        return PYOPT_INVALID
+    status = check_rows(rows, count, &extent, message, size)
+    if status != PYOPT_OK:
+        return status
+    made = <Plan *>calloc(1, sizeof(Plan))
+    if made == NULL:
+        return no_memory(message, size)
+    made.count, made.n_slots = count, extent.n_slots
+    status = PYOPT_OK if reserve(made, &extent) else no_memory(message, size)
+    if status == PYOPT_OK:
+        status = fill_plan(made, rows, message, size)
+    if status == PYOPT_OK and not flags & PYOPT_UNCHECKED:
+        status = check_overlaps(made, message, size)
+    if status != PYOPT_OK:
+        destroy(<pyopt_plan *>made)
+        return status
+    plan[0] = <pyopt_plan *>made
+    return PYOPT_OK
+
+
+cdef int check_rows(const pyopt_row *rows, size_t count, Extent *found, char *message, size_t size) noexcept nogil:
+    cdef Py_ssize_t k
+    cdef pyopt_row own
+    cdef const pyopt_row *row
+    cdef int64_t total = 0
+    memset(found, 0, sizeof(Extent))
     if not is_aligned(rows, sizeof(void *)):
         snprintf(message, size, "rows is at %p, must be aligned to %zu bytes", <const void *>rows, sizeof(void *))
         return PYOPT_INVALID
     if count > <size_t>MOST_ELEMENTS:
         snprintf(message, size, "count == %zu rows, must be <= 2**56", count)
-        return PYOPT_INVALID
-    if flags & ~PYOPT_UNCHECKED:
-        snprintf(message, size, "flags == %d, must be 0 or PYOPT_UNCHECKED, %d", flags, <int>PYOPT_UNCHECKED)
         return PYOPT_INVALID
     if count > 0 and not is_size(rows.size, LEAST_ROW):
         return bad_row_size(0, rows.size, message, size)
@@ -230,47 +257,41 @@ cdef int create(const pyopt_row *rows, size_t count, int flags, pyopt_plan **pla
         row = row_at(rows, k, &own)
         if row.size != rows.size:
             return bad_row_size(k, row.size, message, size)
-        status = check_row(row, k, message, size)
-        if status != PYOPT_OK:
-            return status
+        if check_row(row, k, message, size) != PYOPT_OK:
+            return PYOPT_INVALID
         if total > MOST_ELEMENTS - row.n:
             snprintf(message, size, "row %zd: n == %lld with %lld in the rows before it, must be <= 2**56 together", k,
                      <long long>row.n, <long long>total)
             return PYOPT_INVALID
         total += row.n
-        n_slots = max(n_slots, <Py_ssize_t>row.slot + 1)
-        is_plain = is_plain and has_plain_streams(row)
-        by_chance = by_chance or kinds[row.parameter.dtype].codec in (CHANCE_BFLOAT16, CHANCE_FLOAT16)
-    if n_slots > <Py_ssize_t>count:
-        snprintf(message, size, "slot == %zd of a row, must be below the number of rows, %zu", n_slots - 1, count)
+        found.n_slots = max(found.n_slots, <Py_ssize_t>row.slot + 1)
+        found.is_stored |= not has_plain_streams(row)
+        found.by_chance |= is_by_chance(row)
+    if found.n_slots > <Py_ssize_t>count:
+        snprintf(message, size, "slot == %zd of a row, must be below the number of rows, %zu", found.n_slots - 1, count)
         return PYOPT_INVALID
-    made = <Plan *>calloc(1, sizeof(Plan))
-    if made == NULL:
-        return no_memory(message, size)
-    made.count, made.n_slots = count, n_slots
-    made.work = <Work *>calloc(count + 1, sizeof(Work))
-    made.slot_of = <int32_t *>calloc(count + 1, sizeof(int32_t))
-    made.slots = <Slot *>calloc(n_slots + 1, sizeof(Slot))
-    made.numbers = <Numbers *>calloc(n_slots + 1, sizeof(Numbers))
-    made.prepared = <Numbers *>calloc(n_slots + 1, sizeof(Numbers))
-    if not is_plain:
-        made.stored = <Stored *>calloc(count, sizeof(Stored))
-    if by_chance:
-        made.place_of = <int64_t *>calloc(count, sizeof(int64_t))
-    if (made.work == NULL or made.slot_of == NULL or made.slots == NULL or made.numbers == NULL
-            or made.prepared == NULL or not is_plain and made.stored == NULL or by_chance and made.place_of == NULL):
-        status = no_memory(message, size)
-    else:
-        for k in range(n_slots):
-            made.numbers[k].kernel = &idle
-        status = fill_plan(made, rows, message, size)
-        if status == PYOPT_OK and not flags & PYOPT_UNCHECKED:
-            status = check_overlaps(made, message, size)
-    if status != PYOPT_OK:
-        destroy(<pyopt_plan *>made)
-        return status
-    plan[0] = <pyopt_plan *>made
     return PYOPT_OK
+
+
+cdef bint reserve(Plan *plan, const Extent *extent) noexcept nogil:
+    """Memory for all of a plan but its sums; whether there is enough."""
+    cdef Py_ssize_t k
+    plan.work = <Work *>calloc(plan.count + 1, sizeof(Work))
+    plan.slot_of = <int32_t *>calloc(plan.count + 1, sizeof(int32_t))
+    plan.slots = <Slot *>calloc(plan.n_slots + 1, sizeof(Slot))
+    plan.numbers = <Numbers *>calloc(plan.n_slots + 1, sizeof(Numbers))
+    plan.prepared = <Numbers *>calloc(plan.n_slots + 1, sizeof(Numbers))
+    if extent.is_stored:
+        plan.stored = <Stored *>calloc(plan.count, sizeof(Stored))
+    if extent.by_chance:
+        plan.place_of = <int64_t *>calloc(plan.count, sizeof(int64_t))
+    if (plan.work == NULL or plan.slot_of == NULL or plan.slots == NULL or plan.numbers == NULL
+            or plan.prepared == NULL or extent.is_stored and plan.stored == NULL
+            or extent.by_chance and plan.place_of == NULL):
+        return False
+    for k in range(plan.n_slots):
+        plan.numbers[k].kernel = &idle
+    return True
 
 
 cdef int no_memory(char *message, size_t size) noexcept nogil:
@@ -327,6 +348,11 @@ cdef bint has_plain_streams(const pyopt_row *row) noexcept nogil:
         if stream_at(row, j).data != NULL and kinds[stream_at(row, j).dtype].codec != PLAIN:
             return False
     return True
+
+
+cdef bint is_by_chance(const pyopt_row *row) noexcept nogil:
+    cdef int codec = kinds[row.parameter.dtype].codec
+    return row.parameter.data != NULL and (codec == CHANCE_BFLOAT16 or codec == CHANCE_FLOAT16)
 
 
 cdef uint32_t dtypes_for(const pyopt_row *row, int stream) noexcept nogil:

@@ -223,9 +223,12 @@ static void check_create(void) {
     begin("Adam"); /* nothing to step */
     row.n = 0;
     row.parameter.data = row.gradient.data = row.state[0].data = row.state[1].data = NULL;
-    plan = make();
-    CHECK(pyopt->step(plan, &slot, 1, 3, message, sizeof message) == PYOPT_OK);
-    pyopt->destroy(plan);
+    for (i = 0; i < PYOPT_SIGNED_8BIT; i++) {
+        row.parameter.dtype = (int32_t)i;
+        plan = make();
+        CHECK(pyopt->step(plan, &slot, 1, 3, message, sizeof message) == PYOPT_OK);
+        pyopt->destroy(plan);
+    }
     CHECK(pyopt->create(NULL, 0, 0, &plan, message, sizeof message) == PYOPT_OK && pyopt->chunks(plan) == 0);
     CHECK(pyopt->step(plan, NULL, 0, 3, message, sizeof message) == PYOPT_OK);
     pyopt->destroy(plan);
@@ -365,6 +368,79 @@ static void check_chunks(void) {
     for (i = 0; i < 2; i++) CHECK(pyopt->step(plan, &slot, 1, 1, message, sizeof message) == PYOPT_OK);
     check_unchanged();
     pyopt->destroy(plan);
+}
+
+/* --- anything at all ---------------------------------------------------------------------------------------------- */
+
+static uint64_t seed = 1;
+
+static int draw(int n) { /* xorshift */
+    seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+    return (int)(seed % (uint64_t)n);
+}
+
+/* Memory of its own for each place of each row, at times none, or displaced, or that of another. */
+static void *draw_place(int k, int place) {
+    static double memory[3][11][500];
+    if (draw(12) == 0) return draw(3) ? NULL : (char *)memory[k][place] + draw(8);
+    return memory[draw(40) ? k : draw(3)][draw(40) ? place : draw(11)];
+}
+
+/* Rows and slots of random fields, most of them right: what is accepted runs, whatever it is; all else is refused. */
+static void check_anything(void) {
+    const int64_t lengths[] = {0, 1, 255, 256, 257, 500, -1, INT64_MAX};
+    const size_t row_sizes[] = {sizeof(pyopt_row), offsetof(pyopt_row, beside), sizeof(pyopt_row) - 8, 8};
+    const size_t slot_sizes[] = {sizeof(pyopt_slot), offsetof(pyopt_slot, seed), sizeof(pyopt_slot) - 8, 8};
+    double all_options[3][PYOPT_MOST_OPTIONS], all_kept[3][PYOPT_MOST_KEPT];
+    pyopt_row rows[3];
+    pyopt_slot slots[3];
+    pyopt_plan *plan;
+    long made = 0, stepped = 0;
+    int round, k, j, status;
+    for (round = 0; round < 20000; round++) {
+        int count = 1 + draw(3), rule = draw(pyopt->count_rules()), floats = draw(4) ? 2 : draw(2);
+        size_t row_size = row_sizes[draw(30) ? 0 : draw(4)], slot_size = slot_sizes[draw(30) ? 0 : draw(4)];
+        for (k = 0; k < count; k++) {
+            pyopt_row one = PYOPT_ROW;
+            one.size = row_size;
+            one.n = lengths[draw(draw(20) ? 6 : 8)];
+            one.rule = draw(60) ? rule : draw(40) - 5;
+            one.slot = draw(10) ? 0 : draw(4) - 1;
+            one.parameter.data = draw_place(k, 0);
+            one.gradient.data = draw_place(k, 1);
+            one.parameter.dtype = floats < 2 ? floats : draw(10);
+            one.gradient.dtype = floats < 2 ? floats : draw(3) + (draw(3) > 0);
+            one.beside[0] = one.parameter.dtype >= 4 && one.parameter.dtype < 7 ? draw_place(k, 2) : NULL;
+            for (j = 0; j < PYOPT_STATES; j++) {
+                if (j < pyopt->rule(rule)->n_states) one.state[j].data = draw_place(k, 3 + j);
+                one.state[j].dtype = floats < 2 ? floats : draw(8) ? 2 + draw(2) : 9 + draw(2);
+                if (one.state[j].dtype >= 9) one.beside[1 + j] = draw_place(k, 7 + j);
+            }
+            one.place = draw(20) ? -1 : draw(5) - 3;
+            memcpy((char *)rows + (size_t)k * row_size, &one, row_size);
+        }
+        status = pyopt->create(rows, (size_t)count, 0, &plan, message, sizeof message);
+        CHECK(status == PYOPT_OK || (status == PYOPT_INVALID && strlen(message) > 10));
+        if (status != PYOPT_OK) continue;
+        made++;
+        for (k = 0; k < 3; k++) {
+            pyopt_slot one = PYOPT_SLOT;
+            one.size = slot_size;
+            one.step = 1 + draw(3);
+            one.rounding_step = draw(20) ? -1 : draw(4) - 2;
+            pyopt->fill_defaults(rule, all_options[k]);
+            pyopt->fill_kept(rule, NULL, all_kept[k]);
+            if (draw(3) == 0) all_options[k][draw(pyopt->rule(rule)->n_options)] = draw(4) / 2.0;
+            one.options = all_options[k];
+            one.kept = all_kept[k];
+            memcpy((char *)slots + (size_t)k * slot_size, &one, slot_size);
+        }
+        status = pyopt->step(plan, slots, 3, 1, message, sizeof message);
+        CHECK(status == PYOPT_OK || (status == PYOPT_INVALID && strlen(message) > 10));
+        stepped += status == PYOPT_OK;
+        pyopt->destroy(plan);
+    }
+    CHECK(made > 1000 && stepped > 500);
 }
 
 /* --- modes, threads, forks, memory -------------------------------------------------------------------------------- */
@@ -534,6 +610,7 @@ int main(void) {
     check_create();
     check_step();
     check_chunks();
+    check_anything();
     check_rounding();
     check_stack();
     check_threads();
