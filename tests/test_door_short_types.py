@@ -10,7 +10,7 @@ import pytest
 
 import pyopt
 from cases import Case, assert_same_bits
-from door import DTYPES, Door, Plan, Row, dtype_of
+from door import DTYPES, Door, Plan, Row, Slot, dtype_of
 from test_short_types import BFLOAT16, FLOAT16, FLOAT32, MIXES, SIZES, STORED, values
 
 FLOAT64 = np.dtype(np.float64)
@@ -156,6 +156,24 @@ def test_short_rows_of_codes(door: Door) -> None:
         assert_same_bits(scale, plan.states[0][f"{name}_absmax"][:2], name)
 
 
+def test_what_is_behind_a_struct_is_not_read(door: Door) -> None:
+    """Structs of version 1.0, and in the memory behind them what later fields could not be."""
+    found = []
+    for old in (False, True):
+        p, g = np.ones(3000, BFLOAT16), np.full(3000, 0.01, np.float32)
+        plan = Plan(door, "Adam", [p], [g], [{}], stored={"rounding": "stochastic"})
+        if old:
+            plan.close()
+            row, slot = plan.rows[0], plan.slots[0]
+            row.size, row.beside[0], row.beside[4], row.place = Row.beside.offset, 1, 1, -9
+            slot.size, slot.seed, slot.rounding_step = Slot.seed.offset, 77, -9
+            plan.check(door.functions.create(plan.rows, 1, 0, ctypes.byref(plan.handle), plan.message, 300))
+        for _ in range(3):
+            plan.step()
+        found.append(p.tobytes())
+    assert found[0] == found[1]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +189,7 @@ BAD = {  # what is done to a row of Adam: bfloat16, split, with state in 8 bits;
     "row.beside[0] = row.parameter.data + 8": "row 0: what is beside its parameter overlaps the parameter of row 0, ",
     "row.state[0].data = row.beside[0] + 4": "row 0: its exp_avg overlaps the memory beside the parameter of row 0, ",
     "row.beside[1] = row.state[1].data + 4": "row 0: what is beside its exp_avg overlaps the exp_avg_sq of row 0, must",
+    "row.beside[2] = row.beside[1] + 64": "row 0: what is beside its exp_avg_sq overlaps the memory beside the exp_avg of",
     "row.beside[3] = room": "row 0: its max_exp_avg_sq is NULL, must be an address",
     "row.beside[4] = room": "row 0: it has state 3, but Adam has 3",
     "row.place = -2": r"row 0: place == -2, must be >= 0 and <= 2\*\*52, or -1",
@@ -179,7 +198,7 @@ BAD = {  # what is done to a row of Adam: bfloat16, split, with state in 8 bits;
 
 @pytest.mark.parametrize("change, message", BAD.items())
 def test_bad_rows(door: Door, change: str, message: str) -> None:
-    p, g, room = np.ones(4096, BFLOAT16), np.ones(4096, np.float32), np.zeros(64, np.float32)
+    p, g, room = np.ones(4097, BFLOAT16), np.ones(4097, np.float32), np.zeros(64, np.float32)  # 17 scales
     plan = Plan(door, "Adam", [p], [g], [{}], stored={"state_dtype": "8bit", "master": "split"})
     assert plan.rows[0].size == ctypes.sizeof(Row) and plan.rows[0].parameter.dtype == dtype_of(p, "split")
     plan.close()
