@@ -189,7 +189,7 @@ BAD = {  # what is done to a row of Adam: bfloat16, split, with state in 8 bits;
     "row.beside[0] = row.parameter.data + 8": "row 0: what is beside its parameter overlaps the parameter of row 0, ",
     "row.state[0].data = row.beside[0] + 4": "row 0: its exp_avg overlaps the memory beside the parameter of row 0, ",
     "row.beside[1] = row.state[1].data + 4": "row 0: what is beside its exp_avg overlaps the exp_avg_sq of row 0, must",
-    "row.beside[2] = row.beside[1] + 64": "row 0: what is beside its exp_avg_sq overlaps the memory beside the exp_avg of",
+    "row.beside[2] = row.beside[1] + 64": "row 0: what is beside its exp_avg_sq overlaps the memory beside the ",
     "row.beside[3] = room": "row 0: its max_exp_avg_sq is NULL, must be an address",
     "row.beside[4] = room": "row 0: it has state 3, but Adam has 3",
     "row.place = -2": r"row 0: place == -2, must be >= 0 and <= 2\*\*52, or -1",
