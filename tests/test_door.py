@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -410,6 +411,18 @@ def test_no_rows(door: Door) -> None:
     functions.destroy(handle)
     assert functions.create(None, 1, 0, ctypes.byref(handle), message, 100) == -1
     assert message.value == b"rows is NULL, must be an address"
+
+
+def test_cython_sees_the_header() -> None:
+    """Every constant and every field is in api.pxd."""
+    header = (Path(pyopt.get_include()) / "pyopt.h").read_text()
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
+    names = set(re.findall(r"\bPYOPT_\w+", header)) - {"PYOPT_H", "PYOPT_LIBRARY"}
+    for body in re.findall(r"^typedef struct \w+ \{(.*?)^\}", header, re.M | re.S):
+        names |= set(re.findall(r"\w+(?=\[|,|;|\)\()", body))
+    declared = set(re.findall(r"\w+", (Path(pyopt.__file__).parent / "api.pxd").read_text()))
+    assert {"PYOPT_BFLOAT16_KAHAN", "beside", "rounding_step", "dtypes", "n_kept"} <= names
+    assert names <= declared, names - declared
 
 
 # --- compiled users ---------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@
  * All buffers are the caller's; states begin with what the query says, mostly zeros. A function that can fail returns
  * PYOPT_OK or a status below 0, and writes what is wrong to `message` (NULL for none), cut to `size` bytes with its
  * final 0; nothing has changed then. No function aborts, throws, prints or touches Python: with or without the GIL,
- * from any thread. What can end the process is OpenMP's runtime, where it has no memory for the threads of a `step`: not in
- * one thread, and not in threads of the caller's.
+ * from any thread. What can end the process is OpenMP's runtime, where it has no memory for the threads of a `step`: not
+ * in one thread, and not in threads of the caller's.
  *
  * A plan is used by one thread at a time, but for `run` and `sum`: a `step` or `prepare` of a plan that is in one
  * returns PYOPT_INVALID. `destroy` comes when all others are done. After a fork the child may use the plans that no
