@@ -130,40 +130,54 @@ static const pyopt_option sgd_schedule_free_options[] = {
     LR(1), {"momentum", 0.9, INNER}, WEIGHT_DECAY(0), SCHEDULE_FREE};
 static const pyopt_state sgd_schedule_free_states[] = {ALWAYS("z")};
 
+/* Which dtypes the parameter, the gradient and each state may have. */
+#define OF(dtype) (1u << PYOPT_##dtype)
+#define FLOATS (OF(FLOAT32) | OF(FLOAT64) | OF(BFLOAT16) | OF(FLOAT16))
+#define PARAMETER_AND_GRADIENT \
+    FLOATS | OF(BFLOAT16_SPLIT) | OF(BFLOAT16_KAHAN) | OF(FLOAT16_KAHAN) | OF(BFLOAT16_STOCHASTIC) \
+        | OF(FLOAT16_STOCHASTIC), FLOATS
+#define SIGNED (FLOATS | OF(SIGNED_8BIT))
+#define UNSIGNED (FLOATS | OF(UNSIGNED_8BIT))
+static const uint32_t in_floats[] = {PARAMETER_AND_GRADIENT, FLOATS, FLOATS, FLOATS, FLOATS};
+static const uint32_t adam_dtypes[] = {PARAMETER_AND_GRADIENT, SIGNED, UNSIGNED, UNSIGNED};
+static const uint32_t ademamix_dtypes[] = {PARAMETER_AND_GRADIENT, SIGNED, SIGNED, UNSIGNED};
+static const uint32_t momentum_dtypes[] = {PARAMETER_AND_GRADIENT, SIGNED};
+
 typedef struct {
     pyopt_rule rule;
     const char *kernel;
     const char *summing; /* the kernel for options that need sums; NULL for none */
 } Entry;
 
-#define RULE(name, states, options) \
-    {sizeof(pyopt_rule), name, COUNT_OF(states), COUNT_OF(options), 0, states, options, NULL}
+#define STORED_RULE(name, states, options, dtypes) \
+    {sizeof(pyopt_rule), name, COUNT_OF(states), COUNT_OF(options), 0, states, options, NULL, dtypes}
+#define RULE(name, states, options) STORED_RULE(name, states, options, in_floats)
 #define KEEPING_RULE(name, states, options, kept) \
-    {sizeof(pyopt_rule), name, COUNT_OF(states), COUNT_OF(options), COUNT_OF(kept), states, options, kept}
+    {sizeof(pyopt_rule), name, COUNT_OF(states), COUNT_OF(options), COUNT_OF(kept), states, options, kept, in_floats}
 
 static const Entry catalogue[RULES] = { /* in the order of their numbers above */
     {RULE("AdaBelief", adabelief_states, adabelief_options), "adabelief", NULL},
     {RULE("Adadelta", adadelta_states, adadelta_options), "adadelta", NULL},
     {RULE("Adagrad", adagrad_states, adagrad_options), "adagrad", NULL},
-    {RULE("Adam", adam_states, adam_options), "adam", "adam_scaled"},
-    {RULE("AdamW", adam_states, adamw_options), "adam", "adam_scaled"},
+    {STORED_RULE("Adam", adam_states, adam_options, adam_dtypes), "adam", "adam_scaled"},
+    {STORED_RULE("AdamW", adam_states, adamw_options, adam_dtypes), "adam", "adam_scaled"},
     {KEEPING_RULE("AdamWScheduleFree", adamw_schedule_free_states, adamw_schedule_free_options, schedule_free_kept),
      "adamw_schedule_free", NULL},
     {RULE("Adamax", adamax_states, adamax_options), "adamax", NULL},
     {RULE("Adan", adan_states, adan_options), "adan", NULL},
-    {RULE("AdEMAMix", ademamix_states, ademamix_options), "ademamix", NULL},
+    {STORED_RULE("AdEMAMix", ademamix_states, ademamix_options, ademamix_dtypes), "ademamix", NULL},
     {RULE("ADOPT", moments, adopt_options), "adopt", NULL},
     {KEEPING_RULE("ASGD", asgd_states, asgd_options, asgd_kept), "asgd", NULL},
     {RULE("FTRL", ftrl_states, ftrl_options), "ftrl", NULL},
     {RULE("LAMB", moments, lamb_options), "lamb", NULL},
     {RULE("LARS", momentum_states, lars_options), "lars", NULL},
-    {RULE("Lion", lion_states, lion_options), "lion", NULL},
+    {STORED_RULE("Lion", lion_states, lion_options, momentum_dtypes), "lion", NULL},
     {KEEPING_RULE("NAdam", moments, nadam_options, nadam_kept), "nadam", NULL},
     {KEEPING_RULE("Prodigy", prodigy_states, prodigy_options, prodigy_kept), "prodigy", NULL},
     {RULE("RAdam", moments, radam_options), "radam", NULL},
     {RULE("RMSprop", rmsprop_states, rmsprop_options), "rmsprop", NULL},
     {RULE("Rprop", rprop_states, rprop_options), "rprop", NULL},
-    {RULE("SGD", momentum_states, sgd_options), "sgd", NULL},
+    {STORED_RULE("SGD", momentum_states, sgd_options, momentum_dtypes), "sgd", NULL},
     {KEEPING_RULE("SGDScheduleFree", sgd_schedule_free_states, sgd_schedule_free_options, schedule_free_kept),
      "sgd_schedule_free", NULL},
 };

@@ -701,6 +701,15 @@ cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept 
     set_float_mode(mode)
 
 
+cdef unsigned long enter_mode() noexcept nogil:
+    """Let this thread compute as a step does, denormals kept; returns the mode before."""
+    return set_float_mode(float_mode(False))
+
+
+cdef void leave_mode(unsigned long mode) noexcept nogil:
+    set_float_mode(mode)
+
+
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 cdef struct Pieces:
@@ -879,9 +888,17 @@ def threads_used():
     return used
 
 
-def after_fork():
+cdef void in_child() noexcept nogil:
     global forked
     forked = True
+
+
+cdef void watch_forks() noexcept nogil:
+    """Learn of forks, whoever makes them: Python's os.fork is not all that a process has."""
+    pthread_atfork(NULL, NULL, in_child)
+
+
+watch_forks()
 
 
 def is_forked():
@@ -942,6 +959,8 @@ cdef extern from *:
     int own_team, used
     size_t stack_size
     pthread_mutex_t starting
+    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
+                       void (*child)() noexcept nogil) noexcept nogil
     int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept nogil
     int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept nogil
     int start_threads(int count) noexcept nogil

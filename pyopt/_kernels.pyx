@@ -17,8 +17,6 @@ from pyopt._engine cimport (
 from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
 
-from pyopt.storage import map_of
-
 ctypedef fused Numbers:  # of each rule: their struct says which one it is
     rules.SGD
     rules.Lion
@@ -150,19 +148,55 @@ cdef void store_chance_float16(const float *restrict x, uint16_t *restrict to, v
 cdef storage.Map signed_map, unsigned_map
 
 
-cdef int fill_map(storage.Map *map, bint signed) except -1:
-    cdef int i
-    values, cells = map_of(signed)
-    map.signed = signed
-    for i in range(256):
-        map.value[i] = values[i]
+cdef inline float edge(int i, int parts) noexcept nogil:
+    """The i-th of the edges of equal parts from 0.1 to 1, as of torch.linspace: from the nearer end, rounded once."""
+    cdef float low = <float>0.1, high = 1
+    cdef float step = (high - low) / parts
+    if i < (parts + 1) // 2:
+        return <float>(<double>low + <double>step * i)
+    return <float>(<double>high - <double>step * (parts - i))
+
+
+cdef void fill_map(storage.Map *map, bint is_signed) noexcept nogil:
+    """The 256 numbers of 8 bits, ascending: those of bitsandbytes; and the cells that find the nearest.
+
+    Seven decades up to 1, each of twice as many numbers as the one below it, in the middles of equal parts; and 0 and
+    1. Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 1.3.
+    """
+    cdef double *top = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1]
+    cdef float size[256]  # of the numbers, from 0 to 1
+    cdef uint32_t bound[256]  # between a size and the next; one on a bound is of the smaller code
+    cdef uint32_t least, beyond
+    cdef int count = 1, below = 127 if is_signed else 0, decade, parts, code, i
+    cdef float two = 2
+    size[0] = 0
+    for decade in range(7):
+        parts = 1 << decade if is_signed else 2 << decade
+        for i in range(parts):
+            size[count] = <float>top[decade] * ((edge(i, parts) + edge(i + 1, parts)) / two)
+            count += 1
+    size[count] = 1
+    count += 1
+    map.signed = is_signed
+    for i in range(count):
+        map.value[below + i] = storage.bits_of(size[i])
+    for i in range(1, below + 1):
+        map.value[below - i] = storage.bits_of(-size[i])
+    for i in range(count - 1):
+        bound[i] = storage.bits_of((size[i] + size[i + 1]) / two)
+    code = 0
     for i in range(storage.CELLS):
-        map.cell[i] = cells[i]
-    return 0
+        least = <uint32_t>(storage.FIRST_CELL + i) << 16
+        while code < count - 1 and bound[code] < least:
+            code += 1
+        beyond = bound[code] - least if code < count - 1 else 0xffff
+        map.cell[i] = <uint32_t>(code - storage.FIRST_CELL - i) << 16 | (0xffff - beyond if beyond < 0xffff else 0)
 
 
-fill_map(&signed_map, True)
-fill_map(&unsigned_map, False)
+def numbers_of_codes(bint is_signed):
+    """The bits of the 256 numbers of 8 bits."""
+    cdef storage.Map *map = &signed_map if is_signed else &unsigned_map
+    return [map.value[i] for i in range(256)]
 
 
 ctypedef fused place_type:
@@ -260,16 +294,24 @@ ctypedef void (*Load)(float *restrict, const void *, const void *, Py_ssize_t) n
 ctypedef void (*Store)(const float *restrict, void *, void *, Py_ssize_t, uint64_t, Py_ssize_t) noexcept nogil
 
 cdef Codec codecs[CODECS]
-codecs[PLAIN] = Codec(NULL, NULL, 4, 0, 1)
-codecs[BFLOAT16] = Codec(<Load>load_bfloat16, <Store>store_bfloat16, 2, 0, 1)
-codecs[FLOAT16] = Codec(<Load>load_float16, <Store>store_float16, 2, 0, 1)
-codecs[SPLIT] = Codec(<Load>load_split, <Store>store_split, 2, 2, 1)
-codecs[KAHAN_BFLOAT16] = Codec(<Load>load_kahan_bfloat16, <Store>store_kahan_bfloat16, 2, 2, 1)
-codecs[KAHAN_FLOAT16] = Codec(<Load>load_kahan_float16, <Store>store_kahan_float16, 2, 2, 1)
-codecs[CHANCE_BFLOAT16] = Codec(<Load>load_bfloat16, <Store>store_chance_bfloat16, 2, 0, 1)
-codecs[CHANCE_FLOAT16] = Codec(<Load>load_float16, <Store>store_chance_float16, 2, 0, 1)
-codecs[SIGNED_CODES] = Codec(<Load>load_signed, <Store>store_signed, 1, 4, storage.GROUP)
-codecs[UNSIGNED_CODES] = Codec(<Load>load_unsigned, <Store>store_unsigned, 1, 4, storage.GROUP)
+
+
+cdef void fill_codecs() noexcept nogil:
+    fill_map(&signed_map, True)
+    fill_map(&unsigned_map, False)
+    codecs[PLAIN] = Codec(NULL, NULL, 4, 0, 1)
+    codecs[BFLOAT16] = Codec(<Load>load_bfloat16, <Store>store_bfloat16, 2, 0, 1)
+    codecs[FLOAT16] = Codec(<Load>load_float16, <Store>store_float16, 2, 0, 1)
+    codecs[SPLIT] = Codec(<Load>load_split, <Store>store_split, 2, 2, 1)
+    codecs[KAHAN_BFLOAT16] = Codec(<Load>load_kahan_bfloat16, <Store>store_kahan_bfloat16, 2, 2, 1)
+    codecs[KAHAN_FLOAT16] = Codec(<Load>load_kahan_float16, <Store>store_kahan_float16, 2, 2, 1)
+    codecs[CHANCE_BFLOAT16] = Codec(<Load>load_bfloat16, <Store>store_chance_bfloat16, 2, 0, 1)
+    codecs[CHANCE_FLOAT16] = Codec(<Load>load_float16, <Store>store_chance_float16, 2, 0, 1)
+    codecs[SIGNED_CODES] = Codec(<Load>load_signed, <Store>store_signed, 1, 4, storage.GROUP)
+    codecs[UNSIGNED_CODES] = Codec(<Load>load_unsigned, <Store>store_unsigned, 1, 4, storage.GROUP)
+
+
+fill_codecs()
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -661,6 +703,8 @@ roof = rule("roof", ("s", "t", "u", "v"), <rules.Roof *>NULL)
 
 cdef bint find_kernel(const char *name, Kernel *found) noexcept nogil:
     """What runs for a rule, by its name, without Python: for tools/build_c_library. Whether there is such a rule."""
+    if codecs[PLAIN].size == 0:
+        fill_codecs()
     if strcmp(name, "sgd") == 0:
         found[0] = kernel(<rules.SGD *>NULL)
     elif strcmp(name, "lion") == 0:

@@ -1,12 +1,15 @@
 # pyopt for Cython: `cimport pyopt.api as pyopt`, with the C compiler's include path at pyopt.get_include(). What all of
 # it means stands in the header. (In __init__.pxd every module of pyopt would include the header.)
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 cdef extern from "pyopt.h" nogil:
     enum:
         PYOPT_MAJOR, PYOPT_MINOR, PYOPT_STATES, PYOPT_MOST_OPTIONS, PYOPT_MOST_KEPT
-        PYOPT_OK, PYOPT_INVALID, PYOPT_NO_MEMORY, PYOPT_FLOAT32, PYOPT_FLOAT64, PYOPT_UNCHECKED
+        PYOPT_OK, PYOPT_INVALID, PYOPT_NO_MEMORY, PYOPT_UNCHECKED
+        PYOPT_FLOAT32, PYOPT_FLOAT64, PYOPT_BFLOAT16, PYOPT_FLOAT16, PYOPT_BFLOAT16_SPLIT, PYOPT_BFLOAT16_KAHAN
+        PYOPT_FLOAT16_KAHAN, PYOPT_BFLOAT16_STOCHASTIC, PYOPT_FLOAT16_STOCHASTIC, PYOPT_SIGNED_8BIT
+        PYOPT_UNSIGNED_8BIT, PYOPT_DTYPES
     const char *PYOPT_CAPSULE
 
     ctypedef struct pyopt_option:
@@ -30,6 +33,7 @@ cdef extern from "pyopt.h" nogil:
         const pyopt_state *states
         const pyopt_option *options
         const pyopt_kept *kept
+        const uint32_t *dtypes
 
     ctypedef struct pyopt_stream:
         void *data
@@ -41,6 +45,8 @@ cdef extern from "pyopt.h" nogil:
         int32_t rule, slot
         pyopt_stream parameter, gradient
         pyopt_stream state[4]
+        void *beside[5]
+        int64_t place
 
     ctypedef struct pyopt_slot:
         size_t size
@@ -48,6 +54,8 @@ cdef extern from "pyopt.h" nogil:
         double gradient_factor
         const double *options
         double *kept
+        uint64_t seed
+        int64_t rounding_step
 
     const pyopt_row PYOPT_ROW
     const pyopt_slot PYOPT_SLOT

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from pyopt._isa import kernels
 from pyopt.checks import count, positive
 from pyopt.parameter import is_short
 
@@ -56,7 +57,6 @@ STATE_DTYPES = ("float32", "bfloat16", "float16", "8bit")
 MASTERS = {"split": "low_bits", "kahan": "compensation"}  # with the names of their state
 LEAST_BLOCKWISE = 4096  # elements, from which 8 bits pay
 BLOCK = 256  # elements that share a scale in 8 bits
-FIRST_CELL, CELLS = 13312, 2945  # of maps: see _storage.pxd
 
 
 def checked(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,37 +103,8 @@ def state_dtype_of(value: Any) -> str | None:
 
 
 def dynamic_map(signed: bool) -> np.ndarray[Any, Any]:
-    """The 256 numbers of 8 bits, ascending, float32: those of bitsandbytes.
-
-    Seven decades down from 1, each of twice as many numbers as the one below it, in the middles of equal parts; and 0
-    and 1. Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 1.3.
-    """
-    numbers = [0.0, 1.0]
-    for i in range(7):
-        parts = 2**i if signed else 2 ** (i + 1)
-        step = (np.float32(1) - np.float32(0.1)) / np.float32(parts)
-        places = np.arange(parts + 1)  # as torch.linspace: from the nearer end, rounded once
-        up = (float(np.float32(0.1)) + float(step) * places).astype(np.float32)
-        down = (1 - float(step) * (parts - places)).astype(np.float32)
-        edges = np.where(places < (parts + 1) // 2, up, down)
-        middles = (np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))).tolist()
-        numbers += [*middles, *([-x for x in middles] if signed else [])]
-    return np.sort(np.array(numbers)).astype(np.float32)
-
-
-def map_of(signed: bool) -> tuple[list[int], list[int]]:
-    """The bits of a map, and its cells: see _storage.pxd."""
-    values = dynamic_map(signed)
-    sizes = values[127:] if signed else values
-    bounds = ((sizes[:-1] + sizes[1:]) / np.float32(2)).view(np.uint32)
-    places = range(FIRST_CELL, FIRST_CELL + CELLS)
-    least = np.array(places, np.uint32) << 16
-    first = np.searchsorted(bounds, least, side="left")  # a size on a bound is of the smaller code
-    cells = []
-    for place, code in zip(places, first.tolist(), strict=True):
-        bound = int(bounds[code]) - (place << 16) if code < len(bounds) else 0xFFFF
-        cells.append((code - place << 16) % 2**32 | max(0xFFFF - bound, 0))
-    return values.view(np.uint32).tolist(), cells
+    """The 256 numbers of 8 bits, ascending, float32."""
+    return np.array(kernels.numbers_of_codes(signed), np.uint32).view(np.float32)
 
 
 def in_codes(size: int, is_contiguous: bool, dtype: str, storage: Mapping[str, Any]) -> bool:

@@ -124,5 +124,3 @@ def stack_size() -> int:
 
 _engine.set_stack_size(stack_size())
 _engine.set_default_team(default_num_threads()[0])
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_engine.after_fork)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from door import Door, from_capsule, from_library
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, metavar="N", help="of each test at most N of its parameters' cases, spread")
@@ -43,3 +45,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("lib")
     subprocess.run([sys.executable, tool, "--output", output], check=True)
     return output
+
+
+@pytest.fixture(params=["capsule", "library"])
+def door(request: pytest.FixtureRequest) -> Door:
+    """The table of functions, of the extension and of libpyopt."""
+    if request.param == "capsule":
+        return Door(from_capsule())
+    return Door(from_library(str(request.getfixturevalue("library") / "libpyopt.so")))

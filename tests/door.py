@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import pyopt
+from pyopt import storage
 
 c_int, c_int32, c_int64, c_size_t, c_double = (
     ctypes.c_int,
@@ -19,7 +20,16 @@ c_int, c_int32, c_int64, c_size_t, c_double = (
 )
 Address, String = ctypes.c_void_p, ctypes.c_char_p
 STATES = 4
-TYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1}
+DTYPES = (
+    *("float32", "float64", "bfloat16", "float16", "bfloat16_split", "bfloat16_kahan", "float16_kahan"),
+    *("bfloat16_stochastic", "float16_stochastic", "signed_8bit", "unsigned_8bit"),
+)
+
+
+def dtype_of(array: np.ndarray[Any, Any], how: str | None = None) -> int:
+    """The number of a dtype, of arrays that are more than their elements: of which kind."""
+    name = array.dtype.name
+    return DTYPES.index(f"{name}_{how}" if how and f"{name}_{how}" in DTYPES else name)
 
 
 class Option(ctypes.Structure):
@@ -38,6 +48,7 @@ class Rule(ctypes.Structure):
     _fields_ = [
         *[("size", c_size_t), ("name", String), ("n_states", c_int32), ("n_options", c_int32), ("n_kept", c_int32)],
         *[("states", ctypes.POINTER(State)), ("options", ctypes.POINTER(Option)), ("kept", ctypes.POINTER(Kept))],
+        ("dtypes", ctypes.POINTER(ctypes.c_uint32)),
     ]
 
 
@@ -49,6 +60,7 @@ class Row(ctypes.Structure):
     _fields_ = [
         *[("size", c_size_t), ("n", c_int64), ("rule", c_int32), ("slot", c_int32)],
         *[("parameter", Stream), ("gradient", Stream), ("state", Stream * STATES)],
+        *[("beside", Address * (1 + STATES)), ("place", c_int64)],
     ]
 
 
@@ -56,6 +68,7 @@ class Slot(ctypes.Structure):
     _fields_ = [
         *[("size", c_size_t), ("step", c_int64), ("gradient_factor", c_double)],
         *[("options", ctypes.POINTER(c_double)), ("kept", ctypes.POINTER(c_double))],
+        *[("seed", ctypes.c_uint64), ("rounding_step", c_int64)],
     ]
 
 
@@ -126,7 +139,7 @@ class Door:
 
 
 class Plan:
-    """Rows over NumPy arrays; the states are made as the query says."""
+    """Rows over NumPy arrays; the states are made as the query and an optimizer's options of storage say."""
 
     def __init__(
         self,
@@ -137,7 +150,9 @@ class Plan:
         options: Sequence[Mapping[str, Any]],
         slots: Sequence[int] | None = None,
         flags: int = 0,
+        stored: Mapping[str, Any] | None = None,
     ) -> None:
+        stored = storage.checked(stored or {})
         self.door, self.functions = door, door.functions
         self.rule = self.functions.find_rule(name.encode())
         about = self.functions.rule(self.rule).contents
@@ -149,21 +164,34 @@ class Plan:
         self.rows = (Row * len(params))()
         self.states: list[dict[str, np.ndarray[Any, Any]]] = []
         for row, p, g, slot in zip(self.rows, params, grads, slots, strict=True):
-            dtype = TYPES[p.dtype]
-            row.size, row.n, row.rule, row.slot = ctypes.sizeof(Row), p.size, self.rule, slot
-            row.parameter, row.gradient = Stream(p.ctypes.data, dtype), Stream(g.ctypes.data, dtype)
+            row.size, row.n, row.rule, row.slot, row.place = ctypes.sizeof(Row), p.size, self.rule, slot, -1
             states = {}
+            how = "stochastic" if stored.get("rounding") == "stochastic" else stored.get("master")
+            row.parameter, row.gradient = Stream(p.ctypes.data, dtype_of(p, how)), Stream(g.ctypes.data, dtype_of(g))
+            if master := storage.master_of(p.dtype.name, stored):
+                states[master] = np.zeros(p.shape, np.int16 if master == "low_bits" else p.dtype)
+                row.beside[0] = states[master].ctypes.data
             for j in range(about.n_states):
                 state = about.states[j]
                 if state.needed_by < 0 or self.options[slot][state.needed_by]:
-                    first = self.functions.initial_state(self.rule, j, self.options[slot])
-                    array = states[state.name.decode()] = np.full_like(p, first)
-                    row.state[j] = Stream(array.ctypes.data, dtype)
+                    state_name = state.name.decode()
+                    if storage.in_codes(p.size, p.flags.c_contiguous, p.dtype.name, stored):
+                        kind = "signed_8bit" if about.dtypes[2 + j] >> 9 & 1 else "unsigned_8bit"
+                        array = np.full(p.shape, 127 if kind == "signed_8bit" else 0, np.uint8)
+                        scales = states[f"{state_name}_absmax"] = np.zeros((p.size + 255) // 256, np.float32)
+                        row.state[j] = Stream(array.ctypes.data, DTYPES.index(kind))
+                        row.beside[1 + j] = scales.ctypes.data
+                    else:
+                        first = self.functions.initial_state(self.rule, j, self.options[slot])
+                        array = np.full(p.shape, first, storage.state_type(p.dtype, stored))
+                        row.state[j] = Stream(array.ctypes.data, dtype_of(array))
+                    states[state_name] = array
             self.states.append(states)
         self.slots = (Slot * len(options))()
         for slot_, o, kept in zip(self.slots, self.options, self.kept, strict=True):
             slot_.size, slot_.step, slot_.gradient_factor = ctypes.sizeof(Slot), 0, 1
             slot_.options, slot_.kept = ctypes.cast(o, Doubles), ctypes.cast(kept, Doubles)
+            slot_.seed, slot_.rounding_step = stored.get("seed", 0), -1
         self.message = ctypes.create_string_buffer(300)
         self.handle = Address()
         self.held = params, grads
@@ -180,6 +208,17 @@ class Plan:
     def step(self, threads: int = 1) -> None:
         self.count()
         self.check(self.functions.step(self.handle, self.slots, len(self.slots), threads, self.message, 300))
+
+    def step_in_chunks(self, seed: int) -> None:
+        """A step by single chunks in a random order."""
+        order = np.random.default_rng(seed).permutation(self.chunks()).tolist()
+        self.prepare()
+        if self.functions.has_sums(self.handle):
+            for i in order:
+                self.functions.sum(self.handle, i, i + 1)
+            self.functions.combine(self.handle, self.slots)
+        for i in order:
+            self.functions.run(self.handle, i, i + 1)
 
     def prepare(self) -> None:
         self.count()

@@ -452,3 +452,22 @@ def keep_norms(rows: Array, most: float) -> Array:
         if norm > most:
             row *= row.dtype.type(most / (norm + 1e-7))
     return flat.reshape(rows.shape)
+
+
+def dynamic_map(signed: bool) -> np.ndarray[Any, Any]:
+    """The 256 numbers of 8 bits, ascending, float32: those of bitsandbytes.
+
+    Seven decades down from 1, each of twice as many numbers as the one below it, in the middles of equal parts; and 0
+    and 1. Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 1.3.
+    """
+    numbers = [0.0, 1.0]
+    for i in range(7):
+        parts = 2**i if signed else 2 ** (i + 1)
+        step = (np.float32(1) - np.float32(0.1)) / np.float32(parts)
+        places = np.arange(parts + 1)  # as torch.linspace: from the nearer end, rounded once
+        up = (float(np.float32(0.1)) + float(step) * places).astype(np.float32)
+        down = (1 - float(step) * (parts - places)).astype(np.float32)
+        edges = np.where(places < (parts + 1) // 2, up, down)
+        middles = (np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))).tolist()
+        numbers += [*middles, *([-x for x in middles] if signed else [])]
+    return np.sort(np.array(numbers)).astype(np.float32)

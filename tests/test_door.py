@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import os
+import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 import pyopt
-from door import Door, Doubles, Plan, Row, Slot, Stream, from_capsule, from_library
+from door import Door, Doubles, Plan, Row, Slot, Stream
 from pyopt import Parameter
 
 ROOT = Path(__file__).parent.parent
@@ -55,13 +58,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SGDScheduleFree": [{}, {"warmup_steps": 10, "weight_decay": 0.1}],
 }
 CASES = [(name, i) for name, variants in VARIANTS.items() for i in range(len(variants))]
-
-
-@pytest.fixture(params=["capsule", "library"])
-def door(request: pytest.FixtureRequest) -> Door:
-    if request.param == "capsule":
-        return Door(from_capsule())
-    return Door(from_library(str(request.getfixturevalue("library") / "libpyopt.so")))
 
 
 class Pair:
@@ -232,14 +228,21 @@ def put(field: str, value: Any) -> Any:
 
 ROWS = {
     "size": (put("size", 8), r"row 1: size == 8, must be sizeof\(pyopt_row\), \d+"),
-    "n": (put("n", -1), r"row 1: n == -1, must be >= 0 and < 2\*\*56"),
+    "n": (put("n", -1), r"row 1: n == -1, must be >= 0 and <= 2\*\*56"),
     "rule": (put("rule", 99), r"row 1: rule == 99, must be one that find_rule returned"),
     "slot": (put("slot", -1), r"row 1: slot == -1, must be >= 0"),
     "far slot": (put("slot", 2), r"slot == 2 of a row, must be below the number of rows, 2"),
     "other rule": (put("rule", 1), r"row 1: its rule is Adadelta, must be Adam, as of the rows before it in slot 0"),
     "no gradient": (put("gradient", Stream(None, 0)), r"row 1: its gradient is NULL, must be an address"),
-    "dtype": (put("parameter", Stream(64, 7)), r"row 1: dtype == 7 of its parameter, must be PYOPT_FLOAT32 or"),
-    "mixed": (put("gradient", Stream(64, 1)), r"row 1: dtype == 1 of its gradient, must be that of the parameter, 0"),
+    "dtype": (put("parameter", Stream(64, 11)), r"row 1: dtype == 11 of its parameter, must be one of PYOPT_FLOAT32 "),
+    "negative dtype": (
+        put("parameter", Stream(64, -1)),
+        r"row 1: dtype == -1 of its parameter, must be one of PYOPT_F",
+    ),
+    "mixed": (
+        put("gradient", Stream(64, 1)),
+        r"row 1: dtype == 1 of its gradient, must be one of PYOPT_FLOAT32 \(0\), PYOPT_BFLOAT16 \(2\), PYOPT_FLOAT16",
+    ),
     "unaligned": (put("gradient", Stream(65, 0)), r"row 1: its gradient is at 0x41, must be aligned to 4 bytes"),
     "twice": (
         put("parameter", lambda rows: Stream(rows[0].parameter.data + 36, 0)),
@@ -407,7 +410,19 @@ def test_no_rows(door: Door) -> None:
     assert functions.step(handle, None, 0, 2, message, 100) == 0
     functions.destroy(handle)
     assert functions.create(None, 1, 0, ctypes.byref(handle), message, 100) == -1
-    assert message.value == b"rows or plan is NULL, must be an address"
+    assert message.value == b"rows is NULL, must be an address"
+
+
+def test_cython_sees_the_header() -> None:
+    """Every constant and every field is in api.pxd."""
+    header = (Path(pyopt.get_include()) / "pyopt.h").read_text()
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.S)
+    names = set(re.findall(r"\bPYOPT_\w+", header)) - {"PYOPT_H", "PYOPT_LIBRARY"}
+    for body in re.findall(r"^typedef struct \w+ \{(.*?)^\}", header, re.M | re.S):
+        names |= set(re.findall(r"\w+(?=\[|,|;|\)\()", body))
+    declared = set(re.findall(r"\w+", (Path(pyopt.__file__).parent / "api.pxd").read_text()))
+    assert {"PYOPT_BFLOAT16_KAHAN", "beside", "rounding_step", "dtypes", "n_kept"} <= names
+    assert names <= declared, names - declared
 
 
 # --- compiled users ---------------------------------------------------------------------------------------------------
@@ -429,16 +444,82 @@ def test_c(door: Door, compiler: str, standard: str, tmp_path: Path) -> None:
     assert check(ctypes.addressof(door.functions)) is None
 
 
+def build(library: Path, source: str, program: Path, link: str = "static", *more: str | Path) -> None:
+    """Compile a program on libpyopt, with a sanitizer where libpyopt has it: see CONTRIBUTING.md."""
+    given = [library / "libpyopt.a", "-fopenmp"] if link == "static" else [f"-L{library}", "-lpyopt"]
+    flags = ["-std=c99", "-D_DEFAULT_SOURCE", *WARNINGS, *more, f"-I{library}"]
+    flags += [f"-fsanitize={names}"] if (names := os.environ.get("PYOPT_SANITIZE")) else []
+    given = given if link else []
+    command = ["gcc", *flags, ROOT / "tests" / source, *given, "-lm", "-ldl", "-pthread", "-o", program]
+    subprocess.run(command, check=True)
+
+
+def run(*command: str | Path) -> None:
+    """Run a program that says nothing where all is right."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("link", ["static", "shared"])
 def test_program_without_python(library: Path, link: str, tmp_path: Path) -> None:
     """The same as a program on libpyopt, in which there is no Python."""
-    program = tmp_path / "door"
-    given = [library / "libpyopt.a", "-fopenmp"] if link == "static" else [f"-L{library}", "-lpyopt"]
-    flags = ["-std=c99", *WARNINGS, "-DWITH_MAIN", f"-I{library}"]
-    subprocess.run(["gcc", *flags, ROOT / "tests/door.c", *given, "-lm", "-pthread", "-o", program], check=True)
-    environment = {"LD_LIBRARY_PATH": str(library)}
-    result = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    build(library, "door.c", tmp_path / "door", link, "-DWITH_MAIN", f"-Wl,-rpath,{library}")
+    run(tmp_path / "door")
+
+
+def test_caller_of_version_1_0(library: Path, tmp_path: Path) -> None:
+    """A program that was compiled with the header of 1.0, whose structs are shorter."""
+    build(library, "door.c", tmp_path / "door", "static", "-DWITH_MAIN", f"-I{ROOT / 'tests/stored/pyopt_1_0'}")
+    run(tmp_path / "door")
+
+
+OUT_OF_MEMORY = "-Wl,--wrap=malloc,--wrap=calloc,--wrap=free"
+
+
+def test_bad_use(library: Path, tmp_path: Path) -> None:
+    build(library, "door_bad_use.c", tmp_path / "bad_use", "static", OUT_OF_MEMORY)
+    run(tmp_path / "bad_use")
+
+
+def test_bad_use_under_valgrind(library: Path, tmp_path: Path) -> None:
+    """No read or write where nothing is, and no block that is lost."""
+    if not shutil.which("valgrind") or os.environ.get("PYOPT_SANITIZE"):
+        pytest.skip("no valgrind, or a sanitizer in its place")
+    build(library, "door_bad_use.c", tmp_path / "bad_use", "static", OUT_OF_MEMORY, "-g")
+    looks_for = ["--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=definite"]
+    run("valgrind", "-q", *looks_for, "--errors-for-leak-kinds=definite", tmp_path / "bad_use")
+
+
+def test_two_copies_and_unloading(library: Path, tmp_path: Path) -> None:
+    copies = [tmp_path / "first.so", tmp_path / "second.so"]
+    for copy in copies:
+        shutil.copy(library / "libpyopt.so", copy)
+    build(library, "door_unload.c", tmp_path / "unload", "")
+    run(tmp_path / "unload", *copies)
+
+
+FORK = """
+import ctypes, os, signal, sys
+import numpy as np
+from door import Door, Plan, from_capsule
+
+p, g = np.zeros(50_000, np.float32), np.ones(50_000, np.float32)
+plan = Plan(Door(from_capsule()), "Adam", [p], [g], [{}])
+plan.step(3)
+child = ctypes.PyDLL(None).fork()
+signal.alarm(60)
+plan.step(3)
+if child == 0:
+    os._exit(7 if (p < -0.0019).all() else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_fork_from_c() -> None:
+    """One that Python does not know of, in a process whose steps have had threads: the child does not wait for them."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    run(sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}{FORK}")
 
 
 def test_library_needs_no_python(library: Path) -> None:

@@ -34,7 +34,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Commands that set up, or measure for minutes: what they name must be there.
 LONG = ("pip ", "pytest", "bash .ci/run", "tools/", "python bench/", "python examples/")
 # What is shown and not run: output, settings, and pieces of programs that have tests of their own.
-SHOWN = ("text", "toml", "yaml", "dockerfile", "c", "cpp", "cython", "cmake")
+SHOWN = ("text", "toml", "yaml", "dockerfile", "cpp", "cython", "cmake")
 
 
 @dataclass
@@ -70,8 +70,8 @@ def needed(page_blocks: list[Block]) -> set[str]:
     return packages | ({"torch"} if any(name.startswith("pyopt.torch") for name in names) else set())
 
 
-def run(block: Block, page: Path, names: dict[str, Any]) -> str:
-    """What a block prints."""
+def run(block: Block, page: Path, names: dict[str, Any], library: Path | None = None) -> str:
+    """What a block prints; library is where libpyopt is, for programs in C."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         if block.language == "python":
             exec(compile("\n" * (block.line - 1) + block.text, page, "exec"), names)
@@ -81,6 +81,11 @@ def run(block: Block, page: Path, names: dict[str, Any]) -> str:
         elif block.language == "sh":
             for line in block.text.splitlines():
                 output.write(run_command(line))
+        elif block.language == "c" and library:
+            Path("program.c").write_text(block.text)
+            warnings = "-std=c99 -Wall -Wextra -Wpedantic -Werror"
+            compiler = f"cc {warnings} program.c -I{library} {library}/libpyopt.a -fopenmp -lm -o program"
+            output.write(run_command(f"{compiler} && ./program"))
         else:
             assert block.language in SHOWN, f"line {block.line}: nothing says how a block of {block.language!r} is run"
     return output.getvalue()
@@ -111,7 +116,7 @@ def as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     found = blocks(page)
     if page.stem in test_stack_how_to.PACKAGES:
         pytest.skip("test_stack_how_to.py runs it, in a process of its own")
@@ -119,10 +124,11 @@ def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if package == "torch" and os.environ.get("PYOPT_REQUIRE_TORCH") == "1":
             importlib.import_module(package)
         pytest.importorskip(package, reason=f"{package} is not installed")
+    library = request.getfixturevalue("library") if any(block.language == "c" for block in found) else None
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": page.stem}
     for block in found:
-        printed = run(block, page, names)
+        printed = run(block, page, names, library)
         if block.output:
             assert doctest.OutputChecker().check_output(block.output, printed, FLAGS), (
                 f"{page.name}, line {block.line} prints\n{printed}but the page says\n{block.output}"

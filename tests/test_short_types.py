@@ -14,7 +14,8 @@ import pyopt
 import reference
 from cases import BRIEF, Case, assert_same_bits
 from pyopt import _isa
-from pyopt.storage import dynamic_map
+from pyopt.storage import dynamic_map as map_of_kernels
+from reference import dynamic_map
 from test_engine import everything_shared, on_level
 
 STORED = [case for case in BRIEF if case.optimizer.short_types]
@@ -184,6 +185,7 @@ def test_every_code_stays_and_each_bound_goes_down() -> None:
     """Lion with both betas near 1 does not move its state: what is stored is found again."""
     for signed in (True, False):
         numbers = dynamic_map(signed)
+        assert_same_bits(map_of_kernels(signed), numbers, "map")
         assert (np.diff(numbers) > 0).all() and numbers[-1] == 1 and numbers.dtype == np.float32
         codes, _ = in_codes(np.tile(numbers, 16), signed)
         assert (codes.reshape(16, 256) == np.arange(256)).all()
