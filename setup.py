@@ -64,9 +64,9 @@ MODULES = [
     *["_lock", "_plans", "_asked", "_step", "_arrays", "_thinc", "_door", "_xla"],
     *["torch._tensor_views", "torch._flat", "torch._tensors"],
 ]
-# The engine alone calls OpenMP, by its functions (_platform.h). On Linux libgomp, the one beside it in a wheel, else that
-# of the system. On Windows libgomp inside the engine, with the threads it starts. On macOS what somebody else has loaded
-# into the process; PYOPT_OPENMP=loaded builds so elsewhere.
+# The engine alone calls OpenMP, by its functions (_platform.h). On Linux it links libgomp, that beside it in a wheel,
+# else the system's; on Windows libgomp is inside it, with the threads it starts; on macOS it takes what somebody else
+# has loaded into the process, and elsewhere if built with PYOPT_OPENMP=loaded.
 LOADED = MACOS or os.environ.get("PYOPT_OPENMP") == "loaded"
 STATIC = ["-static-libgcc", "-Wl,-Bstatic", "-lgomp", "-lwinpthread", "-Wl,-Bdynamic"]
 OPENMP_LIBRARIES = [] if MACOS else STATIC if WINDOWS else [*([] if LOADED else ["-lgomp"]), "-lpthread", "-ldl"]
