@@ -246,8 +246,8 @@ cdef int check_row(const pyopt_row *rows, Py_ssize_t k, char *message, size_t si
                      <int>stream.dtype, stream_name(row.rule, j), <int>row.parameter.dtype)
             return PYOPT_INVALID
         if <size_t>stream.data % width != 0:
-            snprintf(message, size, "row %zd: its %s is at %p, must be aligned to %d bytes", k,
-                     stream_name(row.rule, j), stream.data, width)
+            snprintf(message, size, "row %zd: its %s is at 0x%llx, must be aligned to %d bytes", k,
+                     stream_name(row.rule, j), <unsigned long long><size_t>stream.data, width)
             return PYOPT_INVALID
     return PYOPT_OK
 

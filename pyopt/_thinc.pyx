@@ -4,11 +4,12 @@
 
 from cpython.dict cimport PyDict_SetItem
 from cpython.object cimport PyObject
-from libc.math cimport fabs, isfinite, pow, sqrt
+from libc.math cimport fabs, isfinite, sqrt
 from libc.string cimport memset
 
 from pyopt cimport _rules as rules
 from pyopt._engine cimport Averaged, Extras, Numbers, Rule, Work, sweep
+from pyopt._libm cimport pow
 from pyopt._norms cimport power_sums
 from pyopt._numpy_arrays cimport (
     NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_DATA, PyArray_DIMS,

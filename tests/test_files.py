@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random as python_random
-import resource
 import shutil
 import signal
 import stat
@@ -1304,6 +1303,7 @@ def test_read_only_folder_and_file():
 @apart
 def test_full_disk(tmp_path):
     """At any byte: an error, the old file, nothing beside."""
+    resource = pytest.importorskip("resource")
     path = tmp_path / "run"
     opt, _ = make(Adam, steps=2)
     pyopt.save(path, opt)
@@ -1335,8 +1335,7 @@ def test_interrupted_save(tmp_path, monkeypatch):
 
 def test_stray_files(tmp_path):
     """What a killed save has left goes; what a running one writes, another path's, and the user's stay."""
-    import fcntl
-
+    fcntl = pytest.importorskip("fcntl")
     path = tmp_path / "run"
     opt, _ = make(Adam)
     stray, running = tmp_path / ".run.0123abcd.tmp", tmp_path / ".run.89abcdef.tmp"
