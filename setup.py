@@ -68,7 +68,7 @@ MODULES = [
 # else the system's; on Windows libgomp is inside it, with the threads it starts; on macOS it takes what somebody else
 # has loaded into the process, and elsewhere if built with PYOPT_OPENMP=loaded.
 LOADED = MACOS or os.environ.get("PYOPT_OPENMP") == "loaded"
-STATIC = ["-static-libgcc", "-Wl,-Bstatic", "-lgomp", "-lwinpthread", "-Wl,-Bdynamic", "-lucrt"]  # UCRT as Python
+STATIC = ["-static-libgcc", "-Wl,-Bstatic", "-lgomp", "-lwinpthread", "-Wl,-Bdynamic"]
 OPENMP_LIBRARIES = [] if MACOS else STATIC if WINDOWS else [*([] if LOADED else ["-lgomp"]), "-lpthread", "-ldl"]
 RUN_PATH = {} if MACOS or WINDOWS or LOADED else {"runtime_library_dirs": ["$ORIGIN"]}
 # The limited API of Python 3.11, which a Python without the GIL does not have; of NumPy the inline accessors of its

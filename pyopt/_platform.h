@@ -19,8 +19,10 @@
 #include <stdio.h>
 #include <string.h>
 #if defined(_WIN32)
+#ifndef NOMINMAX
 #define WIN32_LEAN_AND_MEAN
 #define NOMINMAX
+#endif
 #include <windows.h>
 #include <psapi.h>
 #else

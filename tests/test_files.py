@@ -29,7 +29,7 @@ from all_optimizers import CASES, TYPES, Own, bits, go_on, make, params_of, rand
 from apart import apart
 from pyopt import LBFGS, SGD, Adafactor, Adam, AdamW, Lion, Muon, Parameter, averaging
 from pyopt._xxh64 import xxh64
-from pyopt.files import container, plain
+from pyopt.files import container, plain, replacing
 from pyopt.files.container import BEGIN, DIGITS, PIECE, ZEROS, Container
 from pyopt.files.inspecting import described
 from pyopt.files.progress import Progress
@@ -1348,6 +1348,21 @@ def test_stray_files(tmp_path):
         assert sorted(tmp_path.iterdir()) == sorted([path, running, *others])
     pyopt.save(path, opt)
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+def test_stray_files_without_locks(tmp_path, monkeypatch):
+    """On Windows what is old goes; a new one may be closed and about to take its place."""
+    monkeypatch.setattr(replacing, "fcntl", None)
+    path = tmp_path / "run"
+    opt, _ = make(Adam)
+    old, new = tmp_path / ".run.0123abcd.tmp", tmp_path / ".run.89abcdef.tmp"
+    for each in (old, new):
+        each.write_bytes(b"x")
+    long_ago = time.time() - 2 * replacing.STRAY
+    os.utime(old, (long_ago, long_ago))
+    pyopt.save(path, opt)
+    assert sorted(tmp_path.iterdir()) == sorted([path, new])
+    assert pyopt.load(path, make(Adam)[0]) is None
 
 
 def test_flushed_in_order(tmp_path, monkeypatch):
