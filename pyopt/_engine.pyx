@@ -858,7 +858,7 @@ def set_default_team(int threads):
 
 
 cpdef int get_team() noexcept nogil:
-    """How many threads a step uses now: those asked for, less if OpenMP is limited, 1 without it or in a forked child."""
+    """How many threads a step uses now: those asked for, less if OpenMP is limited, 1 without it or after a fork."""
     cdef int limit
     if forked or not find_openmp():
         return 1

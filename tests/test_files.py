@@ -446,6 +446,7 @@ def with_document(path, change, arrays=None):
     arrays = {name: np.array(array) for name, array in arrays.items()}
     document = json.loads(json.dumps(file.document))
     changed = change(document)
+    del file  # Windows replaces no file that is mapped
     container.write(path, document if changed is None else changed, arrays, lambda n: None)
 
 
