@@ -1,25 +1,36 @@
 """How the compiled core is built: compiler flags, OpenMP and Cython directives stand here and nowhere else."""
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from pathlib import Path
 
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+# What is built for, as in the names of wheels: linux_x86_64, win_amd64, macosx_11.0_arm64; or what a cross-build says.
+TARGET = (os.environ.get("_PYTHON_HOST_PLATFORM") or sysconfig.get_platform()).lower().replace("-", "_")
+X86_64 = TARGET.endswith(("x86_64", "amd64"))
+WINDOWS, MACOS = TARGET.startswith("win"), TARGET.startswith("macosx")
+# On Windows MinGW-w64: the sources are of GCC's C, as clang's.
+COMPILER = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or ("gcc" if WINDOWS else "cc"))
 
 
 def supported(*flags: str) -> list[str]:
     """The flags, which belong together, if the compiler knows them: the only place that asks it."""
-    command = [*COMPILER, "-Werror", *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
-    known = shutil.which(COMPILER[0]) and not subprocess.run(command, capture_output=True).returncode
-    return list(flags) if known else []
+    if shutil.which(COMPILER[0]) is None:
+        return []
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name, "empty.c")
+        source.touch()
+        command = [*COMPILER, "-Werror", *flags, "-c", source, "-o", source.with_suffix(".o")]
+        return [] if subprocess.run(command, capture_output=True).returncode else list(flags)
 
 
 # Results depend on the numbers alone: no FMA contraction, IEEE square root and division, whatever CFLAGS says before.
@@ -38,24 +49,34 @@ SANITIZE = [f"-fsanitize={names}"] if (names := os.environ.get("PYOPT_SANITIZE")
 DEBUG = os.environ.get("PYOPT_DEBUG", "0") not in ("", "0")
 FOR_DEBUGGER = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG or SANITIZE else []
 COMPILE_ARGS = EXACT + VECTOR + SANITIZE + (FOR_DEBUGGER or ["-g0"]) + COVERAGE
-LINK_ARGS = SANITIZE + COVERAGE[1:2] if FOR_DEBUGGER or COVERAGE else ["-s"]
+LINK_ARGS = SANITIZE + COVERAGE[1:2] if FOR_DEBUGGER or COVERAGE else ["-Wl,-x" if MACOS else "-s"]
 # Levels of instructions: the kernels are compiled once for each. The rest of the package gets the baseline, whatever
 # CFLAGS says, since it runs before the CPU has been asked.
-MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).lower().replace("-", "_")
-X86_64 = MACHINE.endswith(("x86_64", "amd64"))
 BASELINE = ["-march=x86-64", "-mtune=generic"] if X86_64 else []
 LEVELS = {"_kernels_v3": ["-march=x86-64-v3"], "_kernels_v4": ["-march=x86-64-v4"]} if X86_64 else {}
+if WINDOWS:
+    # The stack is aligned to 16 bytes there, and GCC takes it for more where it keeps longer vectors (its bug 54412):
+    # the assembler makes of its aligned moves others, which cost nothing more. Without that, no such vectors.
+    UNALIGNED = supported("-Wa,-muse-unaligned-vector-move")
+    LEVELS = {name: [*flags, *UNALIGNED] for name, flags in LEVELS.items() if UNALIGNED}
 MODULES = [
     *["_xxh64", "_rows", "_engine", "_kernels", *LEVELS, "_matrix", "_norms", "_lazy"],
     *["_lock", "_plans", "_asked", "_step", "_arrays", "_thinc", "_door", "_xla"],
     *["torch._tensor_views", "torch._flat", "torch._tensors"],
 ]
-# The engine alone calls OpenMP, by its functions: libgomp, the one beside it in a wheel, else that of the system.
-OPENMP = {"libraries": ["gomp", "pthread"], "runtime_library_dirs": ["$ORIGIN"]}
+# The engine alone calls OpenMP, by its functions (_platform.h). On Linux it links libgomp, that beside it in a wheel,
+# else the system's; on Windows libgomp is inside it, with the threads it starts; on macOS it takes what somebody else
+# has loaded into the process, and elsewhere if built with PYOPT_OPENMP=loaded.
+LOADED = MACOS or os.environ.get("PYOPT_OPENMP") == "loaded"
+STATIC = ["-static-libgcc", "-Wl,-Bstatic", "-lgomp", "-lwinpthread", "-Wl,-Bdynamic"]
+OPENMP_LIBRARIES = [] if MACOS else STATIC if WINDOWS else [*([] if LOADED else ["-lgomp"]), "-lpthread", "-ldl"]
+RUN_PATH = {} if MACOS or WINDOWS or LOADED else {"runtime_library_dirs": ["$ORIGIN"]}
 # The limited API of Python 3.11, which a Python without the GIL does not have; of NumPy the inline accessors of its
 # arrays (_numpy_arrays.pxd), as of 2.0.
 LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
+PYTHON = "python3" if LIMITED else "python{}{}t".format(*sys.version_info)  # its import library on Windows
 MACROS = [
+    *([("PYOPT_OPENMP_LOADED", "1")] if LOADED else []),
     *([("Py_LIMITED_API", "0x030b0000")] if LIMITED else []),
     ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
     ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
@@ -84,17 +105,30 @@ def extension(name: str) -> Extension:
         define_macros=MACROS,
         py_limited_api=LIMITED,
         extra_compile_args=[*LEVELS.get(name, BASELINE), *COMPILE_ARGS],
-        extra_link_args=LINK_ARGS,
-        **(OPENMP if name == "_engine" else {}),
+        extra_link_args=LINK_ARGS + (OPENMP_LIBRARIES if name == "_engine" or WINDOWS else []),
+        **(RUN_PATH if name == "_engine" else {}),
     )
+
+
+class BuildExtensions(build_ext):
+    def get_libraries(self, ext: Extension) -> list[str]:
+        """On Windows the stable ABI's library, for which setuptools takes that of the one version."""
+        return [*ext.libraries, PYTHON] if WINDOWS else super().get_libraries(ext)
 
 
 def require_compiler() -> None:
     """Say plainly what to install where there is no C compiler, instead of the build tool's own trace."""
     if shutil.which(COMPILER[0]) is None:
+        how = (
+            "install MinGW-w64 (x86_64, posix threads) and put its bin on the PATH"
+            if WINDOWS
+            else "xcode-select --install"
+            if MACOS
+            else "apt-get install gcc python3-dev, or dnf install gcc python3-devel"
+        )
         sys.exit(
             f"pyopt compiles a small C core and found no C compiler ({COMPILER[0]!r}).\n"
-            "Install one and try again, for example: apt-get install gcc python3-dev, or dnf install gcc python3-devel."
+            f"Install one and try again, for example: {how}."
         )
 
 
@@ -104,5 +138,9 @@ if __name__ == "__main__":
     anew = bool(FOR_DEBUGGER or COVERAGE or {"-f", "--force"} & set(sys.argv))
     setup(
         ext_modules=cythonize([extension(name) for name in MODULES], compiler_directives=DIRECTIVES, force=anew),
-        options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
+        cmdclass={"build_ext": BuildExtensions},
+        options={
+            **({"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {}),
+            **({"build_ext": {"compiler": "mingw32"}} if sys.platform == "win32" else {}),
+        },
     )

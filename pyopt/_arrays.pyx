@@ -12,8 +12,8 @@ from pyopt._engine cimport STATES, Averaged, Outcome, Rule, Work
 from pyopt._norms cimport Batch
 from pyopt._numpy_arrays cimport (
     NPY_ARRAY_ALIGNED, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_HALF, NPY_INT, NPY_LONG, NPY_LONGLONG, NPY_SHORT,
-    NPY_UBYTE, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS, PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_STRIDES,
-    PyArray_TYPE, PyArrayObject,
+    NPY_UBYTE, PyArray_DATA, PyArray_DIMS, PyArray_FLAGS, PyArray_NDIM, PyArray_STRIDES, PyArray_TYPE, PyArrayObject,
+    is_native,
 )
 from pyopt._plans cimport Plan
 from pyopt._rows cimport refuse_rows
@@ -83,7 +83,7 @@ cdef int view(PyObject *value, View *v) noexcept:
     """Read the fields of an array; its type of elements, OTHER for one in the other byte order."""
     cdef PyArrayObject *array = <PyArrayObject *>value
     cdef int i
-    v.element = element_of(PyArray_TYPE(array)) if PyArray_ISNOTSWAPPED(array) else OTHER
+    v.element = element_of(PyArray_TYPE(array)) if is_native(array) else OTHER
     v.data = <char *>PyArray_DATA(array)
     v.shape = <const int64_t *>PyArray_DIMS(array)
     v.strides = <const int64_t *>PyArray_STRIDES(array)
@@ -111,7 +111,7 @@ cdef int width_of_index(PyObject *value) noexcept:
         size = sizeof(long)
     elif kind == NPY_LONGLONG:
         size = sizeof(long long)
-    if (size != 4 and size != 8) or not PyArray_ISNOTSWAPPED(array) or not PyArray_FLAGS(array) & NPY_ARRAY_ALIGNED:
+    if (size != 4 and size != 8) or not is_native(array) or not PyArray_FLAGS(array) & NPY_ARRAY_ALIGNED:
         return 0
     return size
 

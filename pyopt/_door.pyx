@@ -50,6 +50,7 @@ cdef extern from *:
     #define LEAST_SLOT offsetof(pyopt_slot, seed)
     #define MOST_SIZE 4096
     #define is_aligned(pointer, width) (((size_t)(pointer) & ((size_t)(width) - 1)) == 0)  /* a power of 2 */
+    #define address(pointer) ((unsigned long long)(size_t)(pointer))
     #define enter(used) (!__atomic_exchange_n((used), 1, __ATOMIC_ACQUIRE))
     #define leave(used) __atomic_store_n((used), 0, __ATOMIC_RELEASE)
     """
@@ -58,6 +59,7 @@ cdef extern from *:
     const int64_t MOST_STEPS, MOST_ELEMENTS
     const size_t LEAST_ROW, LEAST_SLOT, MOST_SIZE
     bint is_aligned(const void *pointer, size_t width) noexcept nogil
+    unsigned long long address(const void *pointer) noexcept nogil
     bint enter(int *used) noexcept nogil
     void leave(int *used) noexcept nogil
 
@@ -246,7 +248,7 @@ cdef int check_rows(const pyopt_row *rows, size_t count, Extent *found, char *me
     cdef int64_t total = 0
     memset(found, 0, sizeof(Extent))
     if not is_aligned(rows, sizeof(void *)):
-        snprintf(message, size, "rows is at %p, must be aligned to %zu bytes", <const void *>rows, sizeof(void *))
+        snprintf(message, size, "rows is at 0x%llx, must be aligned to %zu bytes", address(rows), sizeof(void *))
         return PYOPT_INVALID
     if count > <size_t>MOST_ELEMENTS:
         snprintf(message, size, "count == %zu rows, must be <= 2**56", count)
@@ -389,21 +391,21 @@ cdef int check_stream(const pyopt_row *row, Py_ssize_t k, int j, char *message, 
         return refuse_dtype(row, k, j, message, size)
     kind = &kinds[stream.dtype]
     if not is_aligned(stream.data, kind.width):
-        snprintf(message, size, "row %zd: its %s is at %p, must be aligned to %d bytes", k, stream_name(row.rule, j),
-                 stream.data, <int>kind.width)
+        snprintf(message, size, "row %zd: its %s is at 0x%llx, must be aligned to %d bytes", k, stream_name(row.rule, j),
+                 address(stream.data), <int>kind.width)
         return PYOPT_INVALID
     if kind.aside == 0:
         if beside != NULL:
-            snprintf(message, size, "row %zd: beside its %s is %p, must be NULL: PYOPT_%s has nothing there", k,
-                     stream_name(row.rule, j), beside, dtype_names[stream.dtype])
+            snprintf(message, size, "row %zd: beside its %s is 0x%llx, must be NULL: PYOPT_%s has nothing there", k,
+                     stream_name(row.rule, j), address(beside), dtype_names[stream.dtype])
             return PYOPT_INVALID
     elif beside == NULL and row.n > 0:
         snprintf(message, size, "row %zd: beside its %s is NULL, must be the address of what PYOPT_%s keeps there", k,
                  stream_name(row.rule, j), dtype_names[stream.dtype])
         return PYOPT_INVALID
     elif not is_aligned(beside, kind.aside):
-        snprintf(message, size, "row %zd: beside its %s is at %p, must be aligned to %d bytes", k,
-                 stream_name(row.rule, j), beside, <int>kind.aside)
+        snprintf(message, size, "row %zd: beside its %s is at 0x%llx, must be aligned to %d bytes", k,
+                 stream_name(row.rule, j), address(beside), <int>kind.aside)
         return PYOPT_INVALID
     return PYOPT_OK
 
@@ -621,8 +623,8 @@ cdef int check_slot(const Plan *plan, Py_ssize_t i, const pyopt_slot *given, cha
         return PYOPT_INVALID
     if not is_aligned(o, sizeof(double)) or (rule.n_kept > 0 and not is_aligned(given.kept, sizeof(double))):
         must = "kept" if is_aligned(o, sizeof(double)) else "options"
-        snprintf(message, size, "slot %zd: its %s is at %p, must be aligned to %zu bytes", i, must,
-                 given.kept if is_aligned(o, sizeof(double)) else <const void *>o, sizeof(double))
+        snprintf(message, size, "slot %zd: its %s is at 0x%llx, must be aligned to %zu bytes", i, must,
+                 address(given.kept if is_aligned(o, sizeof(double)) else o), sizeof(double))
         return PYOPT_INVALID
     for j in range(rule.n_options):
         must = unmet(rule.options[j].check, o[j])
@@ -766,7 +768,7 @@ cdef int make_all_numbers(Plan *plan, const pyopt_slot *slots, size_t count, cha
         snprintf(message, size, "slots is NULL, must be an address")
         return PYOPT_INVALID
     if not is_aligned(slots, sizeof(void *)):
-        snprintf(message, size, "slots is at %p, must be aligned to %zu bytes", <const void *>slots, sizeof(void *))
+        snprintf(message, size, "slots is at 0x%llx, must be aligned to %zu bytes", address(slots), sizeof(void *))
         return PYOPT_INVALID
     if count < <size_t>plan.n_slots:
         snprintf(message, size, "count == %zu slots, must be %zd: the rows have slots up to %zd", count, plan.n_slots,

@@ -10,27 +10,24 @@
 
 cimport cython
 from cpython.pythread cimport PyThread_get_thread_ident
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
 
-cdef extern from *:
-    """
-    /* OpenMP by its functions: Cython's `with parallel` asks Python for the GIL, which a caller of the C door may not
-       have. The first is what GCC makes of `#pragma omp parallel`; LLVM's libomp has it too. So any
-       compiler will do, also one without OpenMP, and the runtime is the one that the process has: libgomp. */
-    void GOMP_parallel(void (*share)(void *), void *data, unsigned threads, unsigned flags);
-    int omp_get_max_threads(void);
-    int omp_get_num_threads(void);
-    int omp_get_thread_num(void);
-    int omp_get_thread_limit(void);
-    """
+cdef extern from "_platform.h":
     void GOMP_parallel(void (*share)(void *) noexcept nogil, void *data, unsigned threads,
                        unsigned flags) noexcept nogil
     int omp_get_max_threads() noexcept nogil
     int omp_get_num_threads() noexcept nogil
     int omp_get_thread_num() noexcept nogil
     int omp_get_thread_limit() noexcept nogil
+    void begin_openmp()
+    bint find_openmp() noexcept nogil
+    bint runtime_in_use(char *path, size_t size)
+    bint nth_runtime(int n, char *path, size_t size)
+    int usable_cpus()
+    void watch_forks(void (*in_child)() noexcept nogil) noexcept nogil
+    int initial_limit
 
 from pyopt._rows cimport Touched
 
@@ -598,7 +595,7 @@ cdef Py_ssize_t blocks_of(const Work *w) noexcept nogil:
 
 cdef void finish(const Pass *a, Numbers *numbers) noexcept nogil:
     """Make the sums of blocks, in their order, to the numbers of each tensor."""
-    cdef unsigned long mode = set_float_mode(float_mode(a.flush))
+    cdef uint64_t mode = set_float_mode(float_mode(a.flush))
     cdef double own[SUMS]
     cdef double joint[SUMS]
     cdef Py_ssize_t k, i, blocks, size = 0
@@ -696,7 +693,7 @@ cdef void run_share(void *data) noexcept nogil:
 
 cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """A part in the floating-point mode of the step, whatever the thread's own: bits must not depend on the thread."""
-    cdef unsigned long mode = set_float_mode(float_mode(a.flush))
+    cdef uint64_t mode = set_float_mode(float_mode(a.flush))
     run_part(a, begin, end)
     set_float_mode(mode)
 
@@ -744,7 +741,7 @@ cdef void run_share_of_pieces(void *data) noexcept nogil:
 
 cdef void run_some(const Pieces *all, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     """Pieces in the floating-point mode of the step."""
-    cdef unsigned long mode = set_float_mode(float_mode(all.flush))
+    cdef uint64_t mode = set_float_mode(float_mode(all.flush))
     cdef Py_ssize_t i
     for i in range(begin, end):
         all.piece(all.job, i)
@@ -757,25 +754,25 @@ cdef extern from *:
     #if defined(__SSE2__)
     #include <xmmintrin.h>
     #define PYOPT_CAN_FLUSH 1
-    static unsigned long float_mode(int flush) { return flush ? 0x9fc0 : 0x1f80; }
-    static unsigned long set_float_mode(unsigned long mode) {
-        unsigned long before = _mm_getcsr();
+    static uint64_t float_mode(int flush) { return flush ? 0x9fc0 : 0x1f80; }
+    static uint64_t set_float_mode(uint64_t mode) {
+        uint64_t before = _mm_getcsr();
         _mm_setcsr((unsigned int)mode);
         return before;
     }
     #elif defined(__aarch64__)
     #define PYOPT_CAN_FLUSH 1
-    static unsigned long float_mode(int flush) { return flush ? 1ul << 24 : 0; }
-    static unsigned long set_float_mode(unsigned long mode) {
-        unsigned long before;
+    static uint64_t float_mode(int flush) { return flush ? 1u << 24 : 0; }
+    static uint64_t set_float_mode(uint64_t mode) {
+        uint64_t before;
         __asm__ volatile("mrs %0, fpcr" : "=r"(before));
         __asm__ volatile("msr fpcr, %0" : : "r"(mode));
         return before;
     }
     #else
     #define PYOPT_CAN_FLUSH 0
-    static unsigned long float_mode(int flush) { (void)flush; return 0; }
-    static unsigned long set_float_mode(unsigned long mode) { return mode; }
+    static uint64_t float_mode(int flush) { (void)flush; return 0; }
+    static uint64_t set_float_mode(uint64_t mode) { return mode; }
     #endif
 
     /* The best level of instructions that both the CPU and the operating system support (libgcc asks XGETBV). */
@@ -794,19 +791,20 @@ cdef extern from *:
     }
     """
     const bint CAN_FLUSH "PYOPT_CAN_FLUSH"
-    unsigned long float_mode(bint flush) noexcept nogil
-    unsigned long set_float_mode(unsigned long mode) noexcept nogil
+    uint64_t float_mode(bint flush) noexcept nogil
+    uint64_t set_float_mode(uint64_t mode) noexcept nogil
     int cpu_level() noexcept nogil
 
 
 # --- the number of threads --------------------------------------------------------------------------------------------
+
+begin_openmp()
 
 cdef int team = 1  # what holds now: that of the block entered last of those still open, else the base
 cdef int base_team = 1  # as set outside of blocks; pyopt.threads sets the default
 cdef list open_blocks = []  # in the order in which they were entered
 cdef object guard = object()  # its critical section guards all these; the list's own is taken by each of its methods
 cdef bint forked = False  # libgomp's threads do not survive a fork: a region in the child would wait for them for ever
-cdef int initial_limit = openmp_default()  # what others set since or before is a limit, this is none
 cdef Py_ssize_t parallel_cost = 0  # 1 more than a test has set
 
 
@@ -871,16 +869,37 @@ def set_default_team(int threads):
 
 
 cpdef int get_team() noexcept nogil:
-    """How many threads a step uses now: those asked for, less if OpenMP is limited, 1 in a forked child."""
-    cdef int limit = omp_get_max_threads()
-    if forked:
+    """How many threads a step uses now: those asked for, less if OpenMP is limited, 1 without it or after a fork."""
+    cdef int limit
+    if forked or not find_openmp():
         return 1
+    limit = omp_get_max_threads()
     return limit if limit < initial_limit and limit < team else team
 
 
 def is_limited():
     """Whether something else set OpenMP's number in this thread (threadpoolctl, torch.set_num_threads) and it wins."""
-    return not forked and get_team() < team
+    return not forked and find_openmp() and get_team() < team
+
+
+def openmp_in_use():
+    """The file whose OpenMP steps run on, None where the process has none: steps run in one thread."""
+    cdef char path[4096]
+    return path.decode(errors="surrogateescape") if runtime_in_use(path, sizeof(path)) else None
+
+
+def openmp_runtimes():
+    """The files of the OpenMP runtimes that this process has loaded."""
+    cdef char path[4096]
+    cdef list found = []
+    while nth_runtime(<int>len(found), path, sizeof(path)):
+        found.append(path.decode(errors="surrogateescape"))
+    return found
+
+
+def count_cpus():
+    """The CPUs that this process may use, 0 where only Python can tell."""
+    return usable_cpus()
 
 
 def threads_used():
@@ -893,12 +912,12 @@ cdef void in_child() noexcept nogil:
     forked = True
 
 
-cdef void watch_forks() noexcept nogil:
-    """Learn of forks, whoever makes them: Python's os.fork is not all that a process has."""
-    pthread_atfork(NULL, NULL, in_child)
+cdef void learn_of_forks() noexcept nogil:
+    """Be told of forks, whoever makes them: Python's os.fork is not all that a process has."""
+    watch_forks(in_child)
 
 
-watch_forks()
+learn_of_forks()
 
 
 def is_forked():
@@ -943,28 +962,15 @@ cdef extern from *:
         free(threads);
         return started;
     }
-
-    static void *ask(void *out) { *(int *)out = omp_get_max_threads(); return NULL; }
-
-    /* OpenMP's own number, by its environment: a new thread has it, whatever was set in this one. */
-    static int openmp_default(void) {
-        int number = omp_get_max_threads();
-        pthread_t thread;
-        if (!pthread_create(&thread, NULL, ask, &number)) pthread_join(thread, NULL);
-        return number;
-    }
     """
     ctypedef struct pthread_mutex_t:
         pass
     int own_team, used
     size_t stack_size
     pthread_mutex_t starting
-    int pthread_atfork(void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
-                       void (*child)() noexcept nogil) noexcept nogil
     int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept nogil
     int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept nogil
     int start_threads(int count) noexcept nogil
-    int openmp_default() noexcept nogil
 
 
 def set_stack_size(size_t size):
@@ -1068,6 +1074,6 @@ cdef int threads_for(Py_ssize_t cost) noexcept nogil:
 
 cdef int threads_of(int most, Py_ssize_t cost) noexcept nogil:
     """The size of the team where not pyopt's setting but the caller says how many threads there may be."""
-    if forked or most <= 1 or cost < least_shared(most) or startable(most) < most:
+    if forked or most <= 1 or not find_openmp() or cost < least_shared(most) or startable(most) < most:
         return 1
     return most

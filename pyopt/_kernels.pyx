@@ -3,7 +3,7 @@
 # Every condition of a rule is constant over a span, so the compiler makes one vectorised loop per combination of
 # options; tests/test_object_code.py holds it to that.
 
-from libc.math cimport isinf, pow
+from libc.math cimport isinf
 from libc.stdint cimport int16_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strcmp
 
@@ -14,6 +14,7 @@ from pyopt._engine cimport (
     PARAMETER, PLAIN, SIGNED_CODES, SPLIT, STATE, UNSIGNED_CODES, Codec, Direct, Finish, FinishRow32, FinishRow64,
     Kernel, Pack, Reduce32, Reduce64, Rule, Span32, Span64,
 )
+from pyopt._libm cimport pow
 from pyopt._matrix cimport LANES, Matrices, Pass, Tile, tile_at
 from pyopt._rules cimport floating
 

@@ -1,7 +1,7 @@
 # Norms of many arrays and what is done to all of them: one region of threads each, the sums those of a step.
 
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
-from libc.math cimport ilogb, isfinite, isnan, pow, sqrt
+from libc.math cimport ilogb, isfinite, isnan, sqrt
 from libc.stdlib cimport qsort
 from libc.string cimport memcpy, memset
 
@@ -9,6 +9,7 @@ from pyopt._engine cimport (
     BFLOAT16, FLOAT16, ROW_COST, SUMS, Numbers, Rule, Stored, Work, blocks_of, cost_of, number_blocks, sum_gradients,
     sweep,
 )
+from pyopt._libm cimport pow
 from pyopt._rows cimport Rows
 from pyopt._views cimport OF_BFLOAT16, OF_FLOAT16, OF_FLOAT64
 

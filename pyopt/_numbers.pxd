@@ -2,9 +2,10 @@
 # `scalars` and `next_numbers` of the optimizer are in Python, in the same operations in the same order. Both give the
 # same bits: tests/test_door.py. The options come in the order of the catalogue: pyopt/_catalogue.h.
 
-from libc.math cimport exp, isnan, log, pow, sqrt
+from libc.math cimport isnan, sqrt
 
 from pyopt cimport _rules as rules
+from pyopt._libm cimport exp, log, pow
 
 
 cdef inline double smaller(double a, double b) noexcept nogil:

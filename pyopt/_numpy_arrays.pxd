@@ -28,4 +28,13 @@ cdef extern from "numpy/ndarraytypes.h" nogil:
     npy_intp *PyArray_STRIDES(const PyArrayObject *array)
     int PyArray_FLAGS(const PyArrayObject *array)
     int PyArray_TYPE(const PyArrayObject *array)
-    bint PyArray_ISNOTSWAPPED(const PyArrayObject *array)  # in the byte order of the machine
+
+
+cdef extern from * nogil:
+    """
+    /* In the byte order of the machine. NumPy's own macro for it calls, from 2.5 on, what its table is needed for. */
+    static inline int is_native(const PyArrayObject *array) {
+        return PyArray_ISNBO(PyArray_DESCR((PyArrayObject *)array)->byteorder);
+    }
+    """
+    bint is_native(const PyArrayObject *array)

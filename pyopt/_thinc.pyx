@@ -4,15 +4,16 @@
 
 from cpython.dict cimport PyDict_SetItem
 from cpython.object cimport PyObject
-from libc.math cimport fabs, isfinite, pow, sqrt
+from libc.math cimport fabs, isfinite, sqrt
 from libc.string cimport memset
 
 from pyopt cimport _rules as rules
 from pyopt._engine cimport Averaged, Extras, Numbers, Rule, Work, sweep
+from pyopt._libm cimport pow
 from pyopt._norms cimport power_sums
 from pyopt._numpy_arrays cimport (
     NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, PyArray_DATA, PyArray_DIMS,
-    PyArray_FLAGS, PyArray_ISNOTSWAPPED, PyArray_NDIM, PyArray_TYPE, PyArrayObject,
+    PyArray_FLAGS, PyArray_NDIM, PyArray_TYPE, PyArrayObject, is_native,
 )
 
 from numpy import ndarray
@@ -180,7 +181,7 @@ cdef bint is_plain(PyObject *array, const PyArrayObject *like) noexcept:
     """Whether this is an array that can be walked beside another one."""
     cdef int needed = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | NPY_ARRAY_WRITEABLE, i
     cdef PyArrayObject *a = <PyArrayObject *>array
-    if type(<object>array) is not array_type or PyArray_FLAGS(a) & needed != needed or not PyArray_ISNOTSWAPPED(a):
+    if type(<object>array) is not array_type or PyArray_FLAGS(a) & needed != needed or not is_native(a):
         return False
     if PyArray_TYPE(a) != PyArray_TYPE(like) or PyArray_NDIM(a) != PyArray_NDIM(like):
         return False

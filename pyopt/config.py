@@ -19,8 +19,11 @@ def config() -> dict[str, dict[str, Any]]:
 
     default, reason = threads.default_num_threads()
     in_use = threads.get_num_threads()
+    used = _engine.openmp_in_use()
     if _engine.is_forked():
         why = "this is a forked child: one thread"
+    elif used is None:
+        why = threads.NO_OPENMP
     elif _engine.is_limited():
         why = f"OpenMP's own limit (torch.set_num_threads, threadpoolctl); the default is {default}: {reason}"
     elif in_use == default:
@@ -35,7 +38,7 @@ def config() -> dict[str, dict[str, Any]]:
             "supported": _isa.supported_levels(),
             "chosen": _isa.level,
         },
-        "openmp": {"runtimes": openmp_runtimes()},
+        "openmp": {"in use": os.path.realpath(used) if used else "none", "runtimes": openmp_runtimes()},
         "threads": {
             "number": in_use,
             "why": why,
@@ -54,15 +57,8 @@ def config() -> dict[str, dict[str, Any]]:
 
 
 def openmp_runtimes() -> list[str]:
-    """The files of the OpenMP runtimes that this process has mapped; more than one is trouble."""
-    try:
-        with open("/proc/self/maps") as file:
-            maps = file.read().splitlines()
-    except OSError:
-        return []
-    paths = {line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6}
-    names = ("libgomp", "libomp", "libiomp")
-    return sorted(path for path in paths if os.path.basename(path).startswith(names))
+    """The files of the OpenMP runtimes that this process has loaded; more than one is trouble."""
+    return sorted({os.path.realpath(path) for path in _engine.openmp_runtimes()})
 
 
 def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:

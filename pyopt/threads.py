@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from contextlib import ContextDecorator
 from numbers import Integral
 
 from pyopt import _engine
 
 MOST = 4096  # more than machines have CPUs; whether so many start is tried with real ones
+NO_OPENMP = "the process has no OpenMP runtime: steps run in one thread until one is loaded, by `import torch` for one"
 
 
 def set_num_threads(n: int) -> None:
@@ -25,6 +27,10 @@ def set_num_threads(n: int) -> None:
     Raises:
         TypeError, ValueError: n is no integer, or < 1.
         RuntimeError: the machine cannot start so many now. Where it cannot later, a step runs in one thread.
+
+    Warns:
+        RuntimeWarning: the process has no OpenMP runtime (macOS, before torch or scikit-learn is imported); the number
+            holds as soon as one is loaded.
     """
     _engine.set_team(_checked(n))
 
@@ -34,11 +40,13 @@ def _checked(n: int) -> int:
         raise TypeError(f"num_threads == {n!r}, must be an int, not {type(n).__name__}")
     if not 1 <= n <= MOST:
         raise ValueError(f"num_threads == {n!r}, must be >= 1 and <= {MOST}")
+    if n > 1 and _engine.openmp_in_use() is None:
+        warnings.warn(f"num_threads == {n!r}, but {NO_OPENMP}", RuntimeWarning, stacklevel=3)
     return int(n)
 
 
 def get_num_threads() -> int:
-    """How many threads a step in this Python thread would use; 1 in a forked child."""
+    """How many threads a step in this Python thread would use; 1 in a forked child, and without an OpenMP runtime."""
     return _engine.get_team()
 
 
@@ -77,7 +85,9 @@ def default_num_threads() -> tuple[int, str]:
 
 
 def _affinity() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return _engine.count_cpus() or os.cpu_count() or 1
 
 
 def cgroup_quota(root: str | os.PathLike[str] = "/") -> float | None:

@@ -55,7 +55,9 @@ def in_child(run: Callable[[], Any], seconds: int = 20) -> tuple[str | None, str
 
 
 def apart(test: Callable[..., None], seconds: int = 20) -> Callable[..., None]:
-    """A test whose body runs in a fork of this process, where torch has one thread."""
+    """A test whose body runs in a fork of this process, where torch has one thread; where there is no fork, here."""
+    if not hasattr(os, "fork"):
+        return test
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:

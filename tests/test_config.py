@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import pyopt
+from pyopt import _engine
 
 
 def test_dicts() -> None:
@@ -16,11 +18,18 @@ def test_dicts() -> None:
     assert config is not None
     assert config["pyopt"]["version"] == pyopt.__version__
     assert config["instruction sets"]["chosen"] in config["instruction sets"]["built"]
-    assert any("gomp" in runtime for runtime in config["openmp"]["runtimes"])
+    in_use = config["openmp"]["in use"]
+    if sys.platform == "linux":
+        assert in_use in config["openmp"]["runtimes"] and "gomp" in in_use
+    elif sys.platform == "win32":
+        assert in_use == os.path.realpath(_engine.__file__)
+    else:
+        assert in_use == "none" or in_use in config["openmp"]["runtimes"]
     assert config["threads"]["number"] == pyopt.get_num_threads()
     assert config["numpy"]["version"] == np.__version__
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pyopt brings a library of OpenMP on Linux alone")
 def test_one_runtime() -> None:
     """In a process of its own: what other tests import, such as scikit-learn, brings copies under other names."""
     code = "import pyopt; print(*pyopt.show_config(mode='dicts')['openmp']['runtimes'], sep='\\n')"

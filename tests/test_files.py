@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random as python_random
-import resource
 import shutil
 import signal
 import stat
@@ -30,7 +29,7 @@ from all_optimizers import CASES, TYPES, Own, bits, go_on, make, params_of, rand
 from apart import apart
 from pyopt import LBFGS, SGD, Adafactor, Adam, AdamW, Lion, Muon, Parameter, averaging
 from pyopt._xxh64 import xxh64
-from pyopt.files import container, plain
+from pyopt.files import container, plain, replacing
 from pyopt.files.container import BEGIN, DIGITS, PIECE, ZEROS, Container
 from pyopt.files.inspecting import described
 from pyopt.files.progress import Progress
@@ -447,6 +446,7 @@ def with_document(path, change, arrays=None):
     arrays = {name: np.array(array) for name, array in arrays.items()}
     document = json.loads(json.dumps(file.document))
     changed = change(document)
+    del file  # Windows replaces no file that is mapped
     container.write(path, document if changed is None else changed, arrays, lambda n: None)
 
 
@@ -1304,6 +1304,7 @@ def test_read_only_folder_and_file():
 @apart
 def test_full_disk(tmp_path):
     """At any byte: an error, the old file, nothing beside."""
+    resource = pytest.importorskip("resource")
     path = tmp_path / "run"
     opt, _ = make(Adam, steps=2)
     pyopt.save(path, opt)
@@ -1335,8 +1336,7 @@ def test_interrupted_save(tmp_path, monkeypatch):
 
 def test_stray_files(tmp_path):
     """What a killed save has left goes; what a running one writes, another path's, and the user's stay."""
-    import fcntl
-
+    fcntl = pytest.importorskip("fcntl")
     path = tmp_path / "run"
     opt, _ = make(Adam)
     stray, running = tmp_path / ".run.0123abcd.tmp", tmp_path / ".run.89abcdef.tmp"
@@ -1349,6 +1349,21 @@ def test_stray_files(tmp_path):
         assert sorted(tmp_path.iterdir()) == sorted([path, running, *others])
     pyopt.save(path, opt)
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+def test_stray_files_without_locks(tmp_path, monkeypatch):
+    """On Windows what is old goes; a new one may be closed and about to take its place."""
+    monkeypatch.setattr(replacing, "fcntl", None)
+    path = tmp_path / "run"
+    opt, _ = make(Adam)
+    old, new = tmp_path / ".run.0123abcd.tmp", tmp_path / ".run.89abcdef.tmp"
+    for each in (old, new):
+        each.write_bytes(b"x")
+    long_ago = time.time() - 2 * replacing.STRAY
+    os.utime(old, (long_ago, long_ago))
+    pyopt.save(path, opt)
+    assert sorted(tmp_path.iterdir()) == sorted([path, new])
+    assert pyopt.load(path, make(Adam)[0]) is None
 
 
 def test_flushed_in_order(tmp_path, monkeypatch):

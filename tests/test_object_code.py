@@ -91,7 +91,7 @@ def report(request: pytest.FixtureRequest, source: Path) -> Report:
     result = subprocess.run(
         [
             *(compiler, "-fPIC", *levels[level], *flags, "-DPy_LIMITED_API=0x030b0000"),
-            *(f"-I{sysconfig.get_paths()['include']}", f"-I{numpy.get_include()}"),
+            *(f"-I{sysconfig.get_paths()['include']}", f"-I{numpy.get_include()}", f"-I{ROOT / 'pyopt'}"),
             *(*remarks, "-c", source, "-o", source.with_suffix(".o")),
         ],
         check=True,

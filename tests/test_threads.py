@@ -21,6 +21,8 @@ from pyopt import threads
 from pyopt._engine import threads_used
 from test_engine import in_fresh_process
 
+own_library = pytest.mark.skipif(sys.platform != "linux", reason="libgomp is a library of its own on Linux alone")
+
 
 def test_setting() -> None:
     before = pyopt.get_num_threads()
@@ -93,6 +95,7 @@ def test_a_block_is_a_decorator_and_can_be_entered_again() -> None:
     assert pyopt.get_num_threads() == before
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends signals")
 def test_signals_leave_no_block_open() -> None:
     """An interrupt at any moment finds a block entered whole or not at all."""
     code = """
@@ -201,6 +204,7 @@ def test_threads_that_cannot_start_do_not_end_the_process(code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of address space is Linux's")
 def test_threads_need_the_stack_that_openmp_gives_them() -> None:
     code = LIMIT + "limit(); pyopt.set_num_threads(2); assert step() == 2\ntry: pyopt.set_num_threads(5)\n"
     code += "except RuntimeError: print('refused')"
@@ -243,13 +247,19 @@ def test_bad_setting(n: object, error: type) -> None:
     assert pyopt.get_num_threads() == before
 
 
+PIN = {
+    "linux": "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])",
+    "win32": "from ctypes import *; assert windll.kernel32.SetProcessAffinityMask(c_void_p(-1), c_size_t(1))",
+}
+
+
 def test_default_obeys_environment_and_affinity() -> None:
     code = "import pyopt; print(pyopt.get_num_threads())"
-    cpus = len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert in_fresh_process(code, OMP_NUM_THREADS="1").stdout == "1\n"
     assert int(in_fresh_process(code, OMP_NUM_THREADS="64").stdout) <= cpus
-    pinned = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" + code
-    assert in_fresh_process(pinned).stdout == "1\n"
+    if sys.platform in PIN:
+        assert in_fresh_process(f"{PIN[sys.platform]}\n{code}").stdout == "1\n"
 
 
 @pytest.mark.parametrize(
@@ -283,6 +293,7 @@ def test_default_obeys_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float |
     assert 1 <= threads.default_num_threads()[0] <= most
 
 
+@own_library
 def test_threadpoolctl_sees_and_limits() -> None:
     assert any(info["user_api"] == "openmp" for info in threadpoolctl.threadpool_info())
     with pyopt.num_threads(2):
@@ -304,6 +315,7 @@ print(pyopt.get_num_threads())
 """
 
 
+@own_library
 def test_a_limit_that_was_set_before_the_import_is_obeyed() -> None:
     """OpenMP's number by its environment (here 3) is none; what the process has set since is."""
     assert in_fresh_process(SET_BEFORE, OMP_NUM_THREADS="3").stdout == "1\n1 True\n2\n"
@@ -323,6 +335,7 @@ print(pyopt.get_num_threads())
     assert in_fresh_process(code, OMP_NUM_THREADS="3").stdout == "1\n2\n"
 
 
+@own_library
 def test_threadpoolctl_around_the_import() -> None:
     code = """
 import threadpoolctl, ctypes
@@ -355,7 +368,7 @@ def in_child(optimizer: pyopt.Optimizer, queue: multiprocessing.Queue) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_multiprocessing_child_steps_on(method: str) -> None:
     """After the parent has stepped with threads a child does not hang, and computes the same bits."""
     context = multiprocessing.get_context(method)
@@ -372,6 +385,7 @@ def test_multiprocessing_child_steps_on(method: str) -> None:
         assert n == 1 or method != "fork"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_os_fork_child_steps_on() -> None:
     with pyopt.num_threads(2):

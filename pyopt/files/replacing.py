@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed, which serves as well as a lock
+except ImportError:  # Windows, where a file that is open cannot be removed, which serves as a lock
     fcntl = None  # type: ignore[assignment]
+
+# Seconds after which a file that is not open was left there: on Windows one must be closed to take another's place.
+STRAY = 60
 
 
 @contextmanager
@@ -97,7 +101,8 @@ def _remove_strays(folder: str, prefix: str) -> None:
         path = os.path.join(folder, name)
         with suppress(OSError):
             if fcntl is None:
-                os.remove(path)
+                if time.time() - os.stat(path).st_mtime > STRAY:
+                    os.remove(path)
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
             try:
