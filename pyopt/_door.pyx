@@ -391,8 +391,8 @@ cdef int check_stream(const pyopt_row *row, Py_ssize_t k, int j, char *message, 
         return refuse_dtype(row, k, j, message, size)
     kind = &kinds[stream.dtype]
     if not is_aligned(stream.data, kind.width):
-        snprintf(message, size, "row %zd: its %s is at 0x%llx, must be aligned to %d bytes", k, stream_name(row.rule, j),
-                 address(stream.data), <int>kind.width)
+        snprintf(message, size, "row %zd: its %s is at 0x%llx, must be aligned to %d bytes", k,
+                 stream_name(row.rule, j), address(stream.data), <int>kind.width)
         return PYOPT_INVALID
     if kind.aside == 0:
         if beside != NULL:
