@@ -496,7 +496,7 @@ static void check_stack(void) {
     pyopt->destroy(plan);
 }
 
-enum { THREADS = 4, TRIES = 25 };
+enum { THREADS = 4, TRIES = 100 };
 
 typedef struct {
     pyopt_plan *plan;
