@@ -449,7 +449,8 @@ static void check_anything(void) {
 static void check_rounding(void) {
     const char *const rules[] = {"NAdam", "LAMB", "Prodigy"};
     pyopt_plan *plan;
-    int i, mode;
+    volatile double one = 1, little = 1e-20, sum, after;
+    int i;
     for (i = 0; i < 6; i++) {
         begin(rules[i / 2]);
         row.state[2].data = row.state[3].data = NULL;
@@ -457,10 +458,11 @@ static void check_rounding(void) {
         if (i / 2 == 2) memset(before[0], 0, sizeof before[0]), memset(before[1], 0, sizeof before[1]);
         plan = make();
         if (i % 2) CHECK(fesetround(FE_UPWARD) == 0);
+        sum = one + little; /* under valgrind it is 1 all the same */
         for (slot.step = 1; slot.step <= 3; slot.step++)
             CHECK(pyopt->step(plan, &slot, 1, 3, message, sizeof message) == PYOPT_OK);
-        mode = fegetround();
-        CHECK(fesetround(FE_TONEAREST) == 0 && mode == (i % 2 ? FE_UPWARD : FE_TONEAREST));
+        after = one + little; /* fegetround would not tell: it reads the mode of the old floating-point unit */
+        CHECK(fesetround(FE_TONEAREST) == 0 && after == sum);
         pyopt->destroy(plan);
         if (i % 2) CHECK(memcmp(p, before[2], sizeof p) == 0 && memcmp(kept, kept_before, sizeof kept) == 0);
         memcpy(before[2], p, sizeof p);
@@ -494,7 +496,7 @@ static void check_stack(void) {
     pyopt->destroy(plan);
 }
 
-enum { THREADS = 4, TRIES = 25 };
+enum { THREADS = 4, TRIES = 100 };
 
 typedef struct {
     pyopt_plan *plan;
