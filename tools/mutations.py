@@ -101,14 +101,9 @@ MUTATIONS = [
         ),
         ("threads if threads > 1 and cost >=", "threads if threads > 10**9 and cost >=", "threads are never used"),
         ("cost >= least_shared(threads)", "cost > least_shared(threads)", "the least size that is shared"),
-        ("    if forked:\n        return 1", "    if False:\n        return 1", "a forked child hangs"),
+        ("    if forked or not find", "    if not find", "a forked child hangs"),
         ("limit if limit < initial_limit and", "limit if limit < 0 and", "OpenMP's limits are not obeyed"),
         ("limit < initial_limit and limit < team", "limit < team", "more threads than OpenMP's default"),
-        (
-            "int initial_limit = openmp_default()",
-            "int initial_limit = openmp.omp_get_max_threads()",
-            "a limit from before",
-        ),
         (").owner is self:", ").owner is not None:", "a block that ends takes the last one's number away"),
         ("if block.thread == thread:", "if True:", "set_num_threads reaches another thread's block"),
         ("threads if open_blocks else base_team", "threads if False else base_team", "blocks have no effect"),
@@ -126,6 +121,11 @@ MUTATIONS = [
         ),
         ("if (stack_size) pthread", "if (0) pthread", "OMP_STACKSIZE is not tried"),
         ("region.given = omp_get_num_threads()", "region.given = a.parts", "threads_used() tells what was asked for"),
+    ),
+    *of(
+        "pyopt/_platform.h",
+        ENGINE,
+        ("number != NULL ? (int)(intptr_t)number : max_threads()", "max_threads()", "a limit from before"),
     ),
     *of(
         "pyopt/threads.py",
