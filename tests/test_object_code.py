@@ -88,9 +88,10 @@ def report(request: pytest.FixtureRequest, source: Path) -> Report:
     kind = "gcc" if compiler == "gcc" else "clang"
     ask, vectorised, scalar = WORDS[kind]
     remarks = [ask] if compiler == "gcc" else [ask, "-Rpass-missed=loop-vectorize", "-w"]
+    limited = [] if sysconfig.get_config_var("Py_GIL_DISABLED") else ["-DPy_LIMITED_API=0x030b0000"]
     result = subprocess.run(
         [
-            *(compiler, "-fPIC", *levels[level], *flags, "-DPy_LIMITED_API=0x030b0000"),
+            *(compiler, "-fPIC", *levels[level], *flags, *limited),
             *(f"-I{sysconfig.get_paths()['include']}", f"-I{numpy.get_include()}", f"-I{ROOT / 'pyopt'}"),
             *(*remarks, "-c", source, "-o", source.with_suffix(".o")),
         ],
