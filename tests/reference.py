@@ -187,7 +187,10 @@ def prodigy(
         moved = f(beta3) * moved + f(d / h["d0"] * (d if h["safeguard_warmup"] else rate)) * g
         weight = d / h["d0"] * rate  # block by block
         terms = (g.astype(float) * (first.astype(float) - p.astype(float))).ravel("K")
-        numerator += sum((weight * total(terms[i : i + 1024]) for i in range(0, p.size, 1024)), 0.0)
+        blocks = 0.0  # added one by one: from Python 3.12 on the sum of floats is a compensated one
+        for i in range(0, p.size, 1024):
+            blocks += weight * total(terms[i : i + 1024])
+        numerator += blocks
         denominator += total(np.abs(moved))
         before.append((rate, {"step": t, "exp_avg": m, "exp_avg_sq": v, "s": moved, "p0": first.copy()}))
     numerator += beta3 * groups[0]["d_numerator"]
