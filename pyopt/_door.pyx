@@ -749,7 +749,7 @@ cdef int take(pyopt_plan *handle, char *message, size_t size) noexcept nogil:
 
 cdef int prepare_taken(Plan *plan, const pyopt_slot *slots, size_t count, char *message, size_t size) noexcept nogil:
     """Make the numbers of a step, in the mode of steps: they too must not depend on the caller's."""
-    cdef unsigned long mode = enter_mode()
+    cdef uint64_t mode = enter_mode()
     cdef int status = make_all_numbers(plan, slots, count, message, size)
     leave_mode(mode)
     return status

@@ -144,8 +144,8 @@ cdef Py_ssize_t number_blocks(Work *work, Py_ssize_t count) noexcept nogil
 cdef int threads_of(int most, Py_ssize_t cost) noexcept nogil
 cdef int sweep_on(const Pass *a) noexcept nogil
 cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
-cdef unsigned long enter_mode() noexcept nogil
-cdef void leave_mode(unsigned long mode) noexcept nogil
+cdef uint64_t enter_mode() noexcept nogil
+cdef void leave_mode(uint64_t mode) noexcept nogil
 cdef void finish(const Pass *a, Numbers *numbers) noexcept nogil
 cdef void sweep(const Work *work, Py_ssize_t count, Numbers *numbers, double *sums,
                 const Extras *extras) noexcept nogil

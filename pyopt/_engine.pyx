@@ -698,12 +698,12 @@ cdef void run_in_mode(const Pass *a, Py_ssize_t begin, Py_ssize_t end) noexcept 
     set_float_mode(mode)
 
 
-cdef unsigned long enter_mode() noexcept nogil:
+cdef uint64_t enter_mode() noexcept nogil:
     """Let this thread compute as a step does, denormals kept; returns the mode before."""
     return set_float_mode(float_mode(False))
 
 
-cdef void leave_mode(unsigned long mode) noexcept nogil:
+cdef void leave_mode(uint64_t mode) noexcept nogil:
     set_float_mode(mode)
 
 

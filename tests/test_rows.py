@@ -599,7 +599,7 @@ def test_memory_by_touched_rows(cls: Any, oracle: Any, options: Any) -> None:
 
 
 def test_time_by_touched_rows() -> None:
-    """Generous, for busy machines: a pass over the table would take 100 times as long."""
+    """Generous, for busy machines and first touches of memory: a pass over the table would take 500 times as long."""
     times = []
     for rows in (2_000, 1_000_000):
         table = np.zeros((rows, 16), np.float32)
@@ -612,4 +612,4 @@ def test_time_by_touched_rows() -> None:
             optimizer.step(grads=[g])
             own.append(perf_counter() - begin)
         times.append(min(own))
-    assert times[1] < 10 * times[0]
+    assert times[1] < 50 * times[0]
