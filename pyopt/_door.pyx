@@ -197,12 +197,17 @@ cdef void *beside_of(const pyopt_row *row, int stream) noexcept nogil:
 
 
 cdef const pyopt_row *row_at(const pyopt_row *rows, size_t k, pyopt_row *own) noexcept nogil:
-    """A row, at the caller's stride; of an older version's a copy, with what that does not have as in PYOPT_ROW."""
-    cdef const char *row = <const char *>rows + k * rows.size
-    if rows.size >= sizeof(pyopt_row):
-        return <const pyopt_row *>row
-    own[0] = PYOPT_ROW
-    memcpy(own, row, rows.size)
+    return <const pyopt_row *>struct_at(rows, rows.size, k, own, &PYOPT_ROW, sizeof(pyopt_row))
+
+
+cdef const void *struct_at(const void *first, size_t stride, size_t k, void *own, const void *usual,
+                           size_t size) noexcept nogil:
+    """One of the caller's structs, at its stride; of an older version's a copy, the rest of which is as usual."""
+    cdef const char *at = <const char *>first + k * stride
+    if stride >= size:
+        return at
+    memcpy(own, usual, size)
+    memcpy(own, at, stride)
     return own
 
 
@@ -254,11 +259,11 @@ cdef int check_rows(const pyopt_row *rows, size_t count, Extent *found, char *me
         snprintf(message, size, "count == %zu rows, must be <= 2**56", count)
         return PYOPT_INVALID
     if count > 0 and not is_size(rows.size, LEAST_ROW):
-        return bad_row_size(0, rows.size, message, size)
+        return bad_size("row", 0, rows.size, sizeof(pyopt_row), message, size)
     for k in range(<Py_ssize_t>count):
         row = row_at(rows, k, &own)
         if row.size != rows.size:
-            return bad_row_size(k, row.size, message, size)
+            return bad_size("row", k, row.size, sizeof(pyopt_row), message, size)
         if check_row(row, k, message, size) != PYOPT_OK:
             return PYOPT_INVALID
         if total > MOST_ELEMENTS - row.n:
@@ -301,9 +306,9 @@ cdef int no_memory(char *message, size_t size) noexcept nogil:
     return PYOPT_NO_MEMORY
 
 
-cdef int bad_row_size(Py_ssize_t k, size_t given, char *message, size_t size) noexcept nogil:
-    snprintf(message, size, "row %zd: size == %zu, must be sizeof(pyopt_row), %zu here, the same in all rows", k, given,
-             sizeof(pyopt_row))
+cdef int bad_size(const char *what, Py_ssize_t k, size_t given, size_t due, char *message, size_t size) noexcept nogil:
+    snprintf(message, size, "%s %zd: size == %zu, must be sizeof(pyopt_%s), %zu here, the same in all %ss", what, k,
+             given, what, due, what)
     return PYOPT_INVALID
 
 
@@ -561,13 +566,7 @@ cdef void destroy(pyopt_plan *handle) noexcept nogil:
 # --- the options of a step --------------------------------------------------------------------------------------------
 
 cdef const pyopt_slot *slot_at(const pyopt_slot *slots, Py_ssize_t i, pyopt_slot *own) noexcept nogil:
-    """As row_at."""
-    cdef const char *slot = <const char *>slots + i * slots.size
-    if slots.size >= sizeof(pyopt_slot):
-        return <const pyopt_slot *>slot
-    own[0] = PYOPT_SLOT
-    memcpy(own, slot, slots.size)
-    return own
+    return <const pyopt_slot *>struct_at(slots, slots.size, i, own, &PYOPT_SLOT, sizeof(pyopt_slot))
 
 
 cdef const char *unmet(int check, double x) noexcept nogil:
@@ -721,12 +720,6 @@ cdef int check_numbers(const Plan *plan, Py_ssize_t i, const double *h, char *me
     return PYOPT_OK
 
 
-cdef int bad_slot_size(Py_ssize_t i, size_t given, char *message, size_t size) noexcept nogil:
-    snprintf(message, size, "slot %zd: size == %zu, must be sizeof(pyopt_slot), %zu here, the same in all slots", i,
-             given, sizeof(pyopt_slot))
-    return PYOPT_INVALID
-
-
 cdef int prepare(pyopt_plan *handle, const pyopt_slot *slots, size_t count, char *message, size_t size) noexcept nogil:
     cdef int status = take(handle, message, size)
     if status == PYOPT_OK:
@@ -775,13 +768,13 @@ cdef int make_all_numbers(Plan *plan, const pyopt_slot *slots, size_t count, cha
                  plan.n_slots - 1)
         return PYOPT_INVALID
     if plan.n_slots > 0 and not is_size(slots.size, LEAST_SLOT):
-        return bad_slot_size(0, slots.size, message, size)
+        return bad_size("slot", 0, slots.size, sizeof(pyopt_slot), message, size)
     for i in range(plan.n_slots):
         if plan.slots[i].rows == 0:
             continue
         given, n, rule = slot_at(slots, i, &own), &plan.prepared[i], plan.slots[i].rule
         if given.size != slots.size:
-            return bad_slot_size(i, given.size, message, size)
+            return bad_size("slot", i, given.size, sizeof(pyopt_slot), message, size)
         status = check_slot(plan, i, given, message, size)
         if status != PYOPT_OK:
             return status
